@@ -1,0 +1,150 @@
+"""Every error class of SparseFX; each message names the thing, the rule and the remedy."""
+
+
+class SparseFXError(Exception):
+    """Base of all errors that SparseFX raises on purpose.
+
+    Subclasses set `message`, a format string; its fields are the keyword arguments of the constructor
+    and stay readable on the instance (`error.fields["name"]`).
+    """
+
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+
+class UnknownTarget(SparseFXError, ValueError):
+    """A target name that is not in the table of targets."""
+
+    message = "no target is named {name!r}; there are: {known}. Pass one of them, or a sparsefx.Target"
+
+
+class TargetUnavailable(SparseFXError, RuntimeError):
+    """The device of a target is not present and the guard was told to measure on it."""
+
+    message = (
+        "target {name!r} needs a {device} device and this process sees none, so guard='measure' "
+        "has nothing to measure; pass guard='model' to plan by the roofline, or another target"
+    )
+
+
+class DeviceMismatch(SparseFXError, ValueError):
+    """The model lives on another device than the target."""
+
+    message = (
+        "the model is on {model_device} but target {name!r} runs on {device}; "
+        "move it with model.to({device!r}) or pass target={suggestion!r}"
+    )
+
+
+class UnknownOption(SparseFXError, ValueError):
+    """A value outside a closed set of choices."""
+
+    message = "{option}={value!r} is not a choice; there are: {known}"
+
+
+class InvalidPattern(SparseFXError, ValueError):
+    """A sparsity pattern whose own numbers make no sense."""
+
+    message = "{pattern} is not a sparsity pattern: {rule}. {remedy}"
+
+
+class PatternDoesNotFit(SparseFXError, ValueError):
+    """A pattern was asked for on a weight whose shape it cannot divide."""
+
+    message = (
+        "{pattern} does not fit {name} of shape {shape}: {rule}. "
+        "Exclude the weight (a glob that maps to None) or choose another pattern"
+    )
+
+
+class NothingMatches(SparseFXError, ValueError):
+    """A recipe key (glob) that matches no prunable parameter."""
+
+    message = (
+        "recipe key {key!r} matches no weight of {model}; prunable weights are, for example: "
+        "{examples}. Correct the glob or remove the key"
+    )
+
+
+class InvalidRecipe(SparseFXError, ValueError):
+    """A recipe, or a recipe file, that cannot be understood."""
+
+    message = "recipe {where}: {rule}. {remedy}"
+
+
+class NonFiniteWeight(SparseFXError, ValueError):
+    """A weight that contains NaN or infinity."""
+
+    message = (
+        "weight {name} has {count} NaN or infinite values, whose magnitude cannot be ranked; "
+        "repair or reload the checkpoint before pruning or compiling it"
+    )
+
+
+class EmptyCalibration(SparseFXError, ValueError):
+    """Calibration data was passed and holds no batch."""
+
+    message = "calibration holds no batch; pass at least one batch of model inputs, or None"
+
+
+class ShapeMismatch(SparseFXError, ValueError):
+    """A tensor does not have the shape that an operation needs."""
+
+    message = "{name} has shape {shape}, but {rule}. {remedy}"
+
+
+class StaleWeights(SparseFXError, RuntimeError):
+    """A packed weight was changed after compiling and cannot be packed again the same way."""
+
+    message = (
+        "weight {name} changed after compiling and {why}; "
+        "call sparsefx.compile again, or torch._dynamo.reset() for torch.compile(backend='sparsefx')"
+    )
+
+
+class NotCompiled(SparseFXError, TypeError):
+    """explain() was given something that SparseFX did not compile."""
+
+    message = "{what} was not compiled by SparseFX; pass the result of sparsefx.compile(model)"
+
+
+class InvalidGraph(SparseFXError, AssertionError):
+    """A pass left a graph that its stage does not allow: a bug in that pass."""
+
+    message = (
+        "after pass {after!r} the graph is not valid at stage {stage!r}: {rule}. "
+        "Pass developer: correct the pass; user: leave it out with SPARSEFX_SKIP={after}"
+    )
+
+
+class CorruptCheckpoint(SparseFXError, ValueError):
+    """A sparse checkpoint that does not describe valid packed weights."""
+
+    message = "checkpoint {path}: {rule}. The file is damaged or hostile; nothing was loaded"
+
+
+class CheckpointMismatch(SparseFXError, ValueError):
+    """A valid sparse checkpoint that belongs to another model."""
+
+    message = "checkpoint {path} does not fit the model: {rule}. {remedy}"
+
+
+class ExportFailed(SparseFXError, RuntimeError):
+    """An ONNX export whose check failed; no file is left behind."""
+
+    message = "export to {path} failed: {rule}. No file was written. {remedy}"
+
+
+class KernelBuildFailed(SparseFXError, RuntimeError):
+    """A generated kernel that the system's compiler refused."""
+
+    message = "kernel {kernel} did not compile: {rule}. The node stays dense; please report the text"
+
+
+class InvalidSetting(SparseFXError, ValueError):
+    """An environment variable of SparseFX with a value outside its list."""
+
+    message = "{variable}={value!r} is not understood; legal values: {known}"

@@ -1,0 +1,136 @@
+"""Dense <-> packed weights: N:M and bitmap; exact inverses of each other.
+
+N:M   values [out, in*n/m] in the weight's dtype, in column order;
+      index uint8 [out, in*n/m * bits/8]: the column of each value inside its group of m,
+      `bits` = 2 for m = 4 and 4 for m = 8 and 16, lowest bits first. Groups with fewer than n
+      nonzeros keep zeros at further columns, so that each group has exactly n entries and its
+      columns ascend.
+bitmap  values [nnz] in row order; bits uint8 [out, ceil(in/8)], lowest bit = lowest column;
+        row_ptr int32 [out + 1]: row r owns values[row_ptr[r]:row_ptr[r + 1]].
+
+A kept value may itself be zero; `-0.0` counts as zero.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsefx.errors import ShapeMismatch
+
+NM_GROUPS = (4, 8, 16)
+
+
+class PackedNM(NamedTuple):
+    """A weight stored as N:M."""
+
+    values: Tensor
+    index: Tensor
+
+
+class PackedBitmap(NamedTuple):
+    """A weight stored as bitmap."""
+
+    values: Tensor
+    bits: Tensor
+    row_ptr: Tensor
+
+
+def index_bits(m: int) -> int:
+    """Bits of one column index of an N:M group: 2 for m = 4, 4 for m = 8 and 16."""
+    return 2 if m == 4 else 4
+
+
+def nm_count(weight: Tensor, m: int) -> int | None:
+    """The smallest n for which `weight` [out, in] is n:m sparse, or None if m does not divide in."""
+    if weight.shape[1] % m:
+        return None
+    groups = (weight != 0).view(weight.shape[0], -1, m)
+    return int(groups.sum(-1).max()) if groups.numel() else 0
+
+
+def pack_nm(weight: Tensor, n: int, m: int) -> PackedNM:
+    """Packs an n:m sparse `weight` [out, in].
+
+    Raises ShapeMismatch if a group holds more than n nonzeros, m is not 4, 8 or 16, or a row's
+    indices do not fill whole bytes.
+    """
+    _check_nm(weight.shape, n, m)
+    found = nm_count(weight, m)
+    if found is None or found > n:
+        raise _wrong("weight", weight.shape, f"a group of {m} holds {found} nonzeros, more than {n}")
+    groups = weight.reshape(weight.shape[0], -1, m)
+    order = (groups != 0).to(torch.uint8).sort(
+        dim=-1, stable=True, descending=True
+    ).indices
+    columns = order[..., :n].sort(-1).values
+    values = groups.gather(-1, columns).reshape(weight.shape[0], -1)
+    index = _pack_fields(columns.reshape(weight.shape[0], -1).to(torch.uint8), index_bits(m))
+    return PackedNM(values.contiguous(), index)
+
+
+def unpack_nm(packed: PackedNM, n: int, m: int) -> Tensor:
+    """The dense weight [out, in] of an N:M packing."""
+    values, index = packed
+    out, kept = values.shape
+    columns = _unpack_fields(index, index_bits(m), kept).long().view(out, -1, n)
+    dense = values.new_zeros(out, kept // n, m)
+    return dense.scatter_(-1, columns, values.view(out, -1, n)).view(out, -1)
+
+
+def pack_bitmap(weight: Tensor) -> PackedBitmap:
+    """Packs any `weight` [out, in] as bitmap."""
+    if weight.dim() != 2:
+        raise _wrong("weight", weight.shape, "a bitmap holds a matrix")
+    keep = weight != 0
+    bits = pack_bits(keep)
+    row_ptr = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
+    row_ptr[1:] = keep.sum(1).cumsum(0)
+    return PackedBitmap(weight[keep], bits, row_ptr)
+
+
+def unpack_bitmap(packed: PackedBitmap, in_features: int) -> Tensor:
+    """The dense weight [out, in_features] of a bitmap packing."""
+    keep = unpack_bits(packed.bits, in_features)
+    dense = packed.values.new_zeros(keep.shape)
+    return dense.masked_scatter_(keep, packed.values)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Bool [out, in] as uint8 [out, ceil(in/8)], lowest bit = lowest column."""
+    return _pack_fields(keep.to(torch.uint8), 1)
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    """Inverse of `pack_bits`."""
+    return _unpack_fields(bits, 1, in_features).bool()
+
+
+def _pack_fields(fields: Tensor, bits: int) -> Tensor:
+    """uint8 [out, k] of `bits`-wide numbers, 8/bits to a byte, first one lowest; padded by zeros."""
+    per_byte = 8 // bits
+    padding = -fields.shape[1] % per_byte
+    if padding:
+        fields = torch.nn.functional.pad(fields, (0, padding))
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=fields.device) * bits
+    lanes = fields.view(fields.shape[0], -1, per_byte) << shifts
+    return lanes.sum(-1, dtype=torch.uint8).contiguous()
+
+
+def _unpack_fields(packed: Tensor, bits: int, count: int) -> Tensor:
+    shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
+    lanes = (packed[..., None] >> shifts) & (2**bits - 1)
+    return lanes.flatten(1)[:, :count]
+
+
+def _check_nm(shape: torch.Size, n: int, m: int) -> None:
+    if m not in NM_GROUPS or not 0 < n < m:
+        raise _wrong("weight", shape, f"{n}:{m} is not packable, m must be one of {NM_GROUPS}")
+    if len(shape) != 2 or shape[1] % m:
+        raise _wrong("weight", shape, f"its input features are not a multiple of m={m}")
+
+
+def _wrong(name: str, shape: torch.Size, rule: str) -> ShapeMismatch:
+    return ShapeMismatch(
+        name=name, shape=tuple(shape), rule=rule, remedy="Leave this weight dense or as a bitmap"
+    )
