@@ -1,1 +1,1 @@
-"""."""
+"""The catalogue of transformations: one file, one equation."""

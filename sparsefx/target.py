@@ -70,11 +70,15 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of device: its name, the torch device type, its kernels in order of preference."""
+    """A kind of device: its name, the torch device type, its kernels in order of preference.
+
+    `roofline`: which entry of devices.py plans for it; "" takes the device at hand.
+    """
 
     name: str
     device: str
     kernels: tuple[Kernel, ...]
+    roofline: str = ""
 
     def present(self) -> bool:
         """Whether this process can run on it."""

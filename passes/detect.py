@@ -1,0 +1,66 @@
+"""dense -> dense:  each candidate gets a row of the report; weights are searched for patterns.
+
+Runs first. Reads the zeros that are in the weights of an arbitrary checkpoint; changes no node.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparsefx.candidates import Candidate, candidates, rows_of, stored_weight
+from sparsefx.pipeline import PassContext
+from sparsefx.report import Row
+
+
+@dataclass(frozen=True)
+class Detect:
+    """Finds the candidates of a graph and the tightest pattern of each constant weight."""
+
+    name: str = "detect"
+    stage: str = "dense"
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> int:
+        """Returns how many weights hold a usable pattern."""
+        found = 0
+        for number, candidate in enumerate(candidates(gm)):
+            key = f"{number}:{candidate.name}"
+            candidate.node.meta["sparsefx_row"] = key
+            ctx.rows[key] = _row(candidate, ctx)
+            found += not ctx.rows[key].reason
+        return found
+
+
+def _row(candidate: Candidate, ctx: PassContext) -> Row:
+    row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
+    if candidate.op == "attention":
+        return _declined(row, "attention is dense: thresholded attention is not built yet")
+    if candidate.op == "conv":
+        return _declined(row, "convolution: there is no sparse kernel for convolutions yet")
+    if candidate.weight is None:
+        return _declined(row, "the weight is computed in the graph, not a parameter")
+    return _weight_row(row, candidate, ctx)
+
+
+def _weight_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
+    assert candidate.weight is not None
+    weight = candidate.weight.meta["val"]
+    name = str(candidate.weight.target)
+    ctx.dense[name] = weight
+    out, in_ = stored_weight(candidate).shape
+    x = candidate.node.args[1 if candidate.node.target is torch.ops.aten.addmm.default else 0]
+    assert isinstance(x, fx.Node)
+    rows, vary = rows_of(x)
+    size = weight.numel() * weight.element_size()
+    row = Row(
+        **{**vars(row), "shape": f"{out}x{in_} @ {rows}{'..' if vary else ''}"}
+        | {"dense_bytes": size, "stored_bytes": size}
+    )
+    found = ctx.weights.found(weight, candidate.transposed)
+    if found.pattern is None:
+        return _declined(row, found.reason)
+    return Row(**{**vars(row), "pattern": str(found.pattern)})
+
+
+def _declined(row: Row, reason: str) -> Row:
+    return Row(**{**vars(row), "reason": reason})

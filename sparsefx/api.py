@@ -1,0 +1,227 @@
+"""compile, sparsify, export_onnx, explain and the torch.compile backend: the module that joins all."""
+
+import copy
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor import list_mode_options
+
+from sparsefx import debug, guard as guards
+from sparsefx.annotations import annotations
+from sparsefx.attributes import count_nonfinite
+from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
+from sparsefx.compiler import Compiler, Plan
+from sparsefx.devices import nearest
+from sparsefx.errors import (
+    DeviceMismatch,
+    EmptyCalibration,
+    NonFiniteWeight,
+    NotCompiled,
+    TargetUnavailable,
+    UnknownOption,
+    UnknownTarget,
+)
+from sparsefx.passes import pipelines
+from sparsefx.passes.apply_recipe import ApplyRecipe
+from sparsefx.passes.lower import Judge
+from sparsefx.prune.sparsify import sparsify
+from sparsefx.prune.weights import prunable_weights
+from sparsefx.report import Report, Row
+from sparsefx.session import Session, recall, remember_model
+from sparsefx.spec import Recipe
+from sparsefx.target import LinearSpec, Lowering, Target
+from sparsefx.variants import Compiled
+
+GUARDS = ("measure", "model", "off")
+M = TypeVar("M", bound=nn.Module)
+
+
+@functools.cache
+def targets() -> Mapping[str, Target]:
+    """The targets by name. "a100" and its like plan for a GPU that need not be present."""
+    cuda = ()
+    planned = {name: Target(name, "cuda", cuda, name) for name in ("a100", "h100", "h200", "l4")}
+    return {
+        "cpu": Target("cpu", "cpu", CPP_KERNELS),
+        "cuda": Target("cuda", "cuda", cuda),
+        **planned,
+    }
+
+
+def compile(
+    model: M,
+    target: str | Target | None = None,
+    *,
+    recipe: Recipe | None = None,
+    calibration: Iterable[object] | None = None,
+    guard: str = "measure",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+) -> M:
+    """A model of the same class that runs its sparse linears on kernels where those win.
+
+    model: any nn.Module; it is not changed, and the result shares its weights (with a `recipe`, a
+    pruned copy of them). target: "cpu", "cuda", "a100", "h100", "h200", "l4" or a Target; None takes
+    the device the model is on. recipe: sparsity to introduce first (`sparsify`); without one, the
+    zeros already in the weights are used. guard: "measure" times each kernel against dense on this
+    device, "model" asks the roofline, "off" lowers whatever a kernel accepts. mode, dynamic: as in
+    torch.compile.
+
+    Graphs are captured and compiled when they are first called; `explain(result)` tells what became
+    of each layer. Call under `torch.no_grad()`: with gradients on nothing is packed. Raises
+    UnknownTarget, UnknownOption, DeviceMismatch, TargetUnavailable, NonFiniteWeight,
+    EmptyCalibration and what `sparsify` raises; `model` is unchanged after any of them.
+    """
+    chosen = _target(target, model)
+    _check_guard(guard, chosen)
+    _check_device(model, chosen, guard)
+    _check_weights(model)
+    if recipe is not None:
+        model = sparsify(model, recipe, calibration)
+    elif calibration is not None and not any(True for _ in calibration):
+        raise EmptyCalibration()
+    session = Session(type(model).__name__, chosen.name, guard)
+    trained = frozenset(annotations(model))
+    compiler = Compiler(_plan(chosen, guard, mode, None, trained), session)
+    fast = _shell(model)
+    fast.compile(backend=compiler, dynamic=dynamic)
+    remember_model(fast, session)
+    return fast
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Compiled:
+    """The torch.compile backend "sparsefx".
+
+    options: "recipe" (a Recipe), "guard", "target" as in `compile`, and "inductor", a dict of
+    settings for Inductor. `explain(compiled_model)` works on the result of torch.compile. Raises
+    UnknownOption, UnknownTarget, TargetUnavailable (torch wraps them in BackendCompilerFailed).
+    """
+    given = dict(options or {})
+    recipe, guard = given.pop("recipe", None), given.pop("guard", "measure")
+    target, inductor = given.pop("target", None), given.pop("inductor", None)
+    if given:
+        known = "recipe, guard, target, inductor"
+        raise UnknownOption(option="options", value=sorted(given)[0], known=known)
+    chosen = _target(target, _device_of(example_inputs))
+    _check_guard(guard, chosen)
+    session = Session("torch.compile graph", chosen.name, str(guard))
+    plan = _plan(chosen, str(guard), mode, recipe, frozenset(), inductor)
+    return Compiler(plan, session)(gm, example_inputs)
+
+
+def explain(compiled: nn.Module) -> Report:
+    """What became of each candidate layer of a compiled model: a Report.
+
+    compiled: the result of `sparsefx.compile` or of `torch.compile(backend="sparsefx")`. Before its
+    first call the rows say that nothing was captured yet. Raises NotCompiled.
+    """
+    original = compiled._modules.get("_orig_mod") or compiled
+    session = recall(compiled) or recall(original)
+    if session is None:
+        raise NotCompiled(what=f"this {type(compiled).__name__}")
+    report = session.report()
+    return report if session.graphs else Report(report.title, _uncalled(original), report.facts)
+
+
+def _uncalled(model: nn.Module) -> list[Row]:
+    reason = "not captured yet: the first call compiles the model"
+    names = prunable_weights(model)
+    return [Row(name.removesuffix(".weight"), "linear", reason=reason) for name in names]
+
+
+def _target(target: object, place: nn.Module | torch.device) -> Target:
+    if isinstance(target, Target):
+        return target
+    name = (_model_device(place) if target is None else target)
+    if not isinstance(name, str) or name not in targets():
+        raise UnknownTarget(name=name, known=", ".join(targets()))
+    return targets()[name]
+
+
+def _model_device(place: nn.Module | torch.device) -> str:
+    if isinstance(place, torch.device):
+        return place.type
+    first = next(place.parameters(), None)
+    return "cpu" if first is None else first.device.type
+
+
+def _device_of(inputs: Sequence[object]) -> torch.device:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    return (parameters or tensors)[0].device if tensors else torch.device("cpu")
+
+
+def _check_guard(guard: object, target: Target) -> None:
+    if guard not in GUARDS:
+        raise UnknownOption(option="guard", value=guard, known=", ".join(GUARDS))
+    if guard == "measure" and (target.roofline or not target.present()):
+        raise TargetUnavailable(name=target.name, device=target.roofline or target.device)
+
+
+def _check_device(model: nn.Module, target: Target, guard: str) -> None:
+    """A model elsewhere than its target can only be planned for, and only if that is absent."""
+    device = _model_device(model)
+    planning = guard == "model" and device == "cpu"
+    if device != target.device and not planning:
+        raise DeviceMismatch(
+            model_device=device, name=target.name, device=target.device, suggestion=device
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, weight in prunable_weights(model).items():
+        if bad := count_nonfinite(weight.parameter):
+            raise NonFiniteWeight(name=name, count=bad)
+
+
+def _plan(
+    target: Target,
+    guard: str,
+    mode: str | None,
+    recipe: object,
+    trained: frozenset[str],
+    inductor: object = None,
+) -> Plan:
+    passes = pipelines.inference(target, _judge(target, guard), proof=guard != "off")
+    if isinstance(recipe, Recipe):
+        passes = (ApplyRecipe(recipe), *passes)
+    elif recipe is not None:
+        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
+    settings = dict(list_mode_options(mode)) if mode else {}
+    if isinstance(inductor, Mapping):
+        settings.update(inductor)
+    return Plan(passes, pipelines.training(trained), settings)
+
+
+def _judge(target: Target, guard: str) -> Judge:
+    cache = debug.settings().cache
+
+    def measured(
+        spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering
+    ) -> guards.Verdict:
+        return guards.measure(spec, weight, bias, lowering, device=weight.device, cache=cache)
+
+    def modelled(
+        spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering
+    ) -> guards.Verdict:
+        device = target.roofline or nearest(target.device)
+        return guards.model(spec, device, cache=cache)
+
+    return measured if guard == "measure" else modelled
+
+
+def _shell(model: M) -> M:
+    """A model of the same class over the same submodules and weights, to be compiled alone."""
+    shell = copy.copy(model)
+    for table in ("_modules", "_parameters", "_buffers"):
+        shell.__dict__[table] = dict(model.__dict__[table])
+    return shell

@@ -1,0 +1,118 @@
+"""Which nodes of a graph sparsity could act on: linears, convolutions and attentions."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sparsefx.rewrite import arguments
+from sparsefx.shapes import hint, varies
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+ATTENTION = aten.scaled_dot_product_attention.default
+_MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
+
+# operator -> (position of the weight, whether it is stored [in, out])
+_LINEARS = {
+    aten.linear.default: (1, False),
+    aten.addmm.default: (2, True),
+    aten.matmul.default: (1, True),
+    aten.mm.default: (1, True),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate node.
+
+    op: "linear", "conv" or "attention"; name: the module it comes from; weight: its get_attr node
+    where it has a constant one; transposed: whether that weight is stored [in, out].
+    """
+
+    node: fx.Node
+    op: str
+    name: str
+    weight: fx.Node | None = None
+    transposed: bool = False
+
+
+def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
+    """The candidates of a normal-form graph, in graph order."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in _LINEARS:
+            yield from _linear(node)
+        elif node.target in CONVOLUTIONS:
+            yield Candidate(node, "conv", module_path(node))
+        elif node.target is ATTENTION or _is_eager_attention(node):
+            yield Candidate(node, "attention", module_path(node))
+
+
+def stored_weight(candidate: Candidate) -> Tensor:
+    """The candidate's weight as [out, in]; a view, no copy."""
+    assert candidate.weight is not None
+    value = candidate.weight.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.detach().t() if candidate.transposed else value.detach()
+
+
+def parameter_name(weight: fx.Node) -> str:
+    """The model's own name for a weight node; a pruned copy keeps the name of its original."""
+    return str(weight.meta.get("sparsefx_parameter", weight.target))
+
+
+def rows_of(x: fx.Node) -> tuple[int, bool]:
+    """How many rows a linear's input has at the example (all sizes but the last), and whether
+    other calls may bring another number. Never installs a shape guard."""
+    sizes = x.meta["val"].shape[:-1]
+    return math.prod(hint(size) for size in sizes), any(varies(size) for size in sizes)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that a node was traced from; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(list(stack.values())[-1][0])
+    return path.removeprefix("L['self']").replace("._orig_mod", "").lstrip(".") or node.name
+
+
+def _linear(node: fx.Node) -> Iterator[Candidate]:
+    position, transposed = _LINEARS[node.target]  # type: ignore[index]  # target is an overload here
+    weight = arguments(node)[position]
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.meta["val"].dim() == 2:
+        name = parameter_name(weight).removesuffix(".weight")
+        yield Candidate(node, "linear", name, weight, transposed)
+    elif node.target is aten.linear.default:
+        yield Candidate(node, "linear", module_path(node))
+
+
+_STEPS_TO_MATMUL = 5
+
+
+def _is_eager_attention(node: fx.Node) -> bool:
+    """A softmax between two matrix products, neither with a constant weight."""
+    if node.target is not aten.softmax.int:
+        return False
+    return _reaches_matmul(node, _STEPS_TO_MATMUL) and _comes_from_matmul(node, _STEPS_TO_MATMUL)
+
+
+def _reaches_matmul(node: fx.Node, steps: int) -> bool:
+    return steps > 0 and any(
+        user.target in _MATMULS or user.target is torch.bmm or _reaches_matmul(user, steps - 1)
+        for user in node.users
+    )
+
+
+def _comes_from_matmul(node: fx.Node, steps: int) -> bool:
+    return steps > 0 and any(
+        source.target in _MATMULS
+        or source.target in (torch.bmm, torch.baddbmm, aten.baddbmm.default)
+        or _comes_from_matmul(source, steps - 1)
+        for source in node.all_input_nodes
+    )

@@ -1,0 +1,112 @@
+"""One Dynamo graph -> a compiled function: bind, run the passes, hand the rest to Inductor.
+
+Knows no pass and no kernel: what runs is given by a Plan (api.py makes it).
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.compile_fx import compile_fx
+
+from sparsefx.graph import Bound, bind, unbind
+from sparsefx.pipeline import Pass, PassContext, run
+from sparsefx.session import GraphRecord, Session, remember_weights
+from sparsefx.variants import Compiled, Variant, Variants
+from sparsefx.weights import WeightMemo, version
+
+WITH_GRADIENTS = "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
+MASK_KEPT = "gradients are on: the mask is kept and trainable; torch.no_grad() uses kernels"
+UNMATCHED = "no packing rule matches the way this layer is written"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which passes run without and with gradients, and Inductor's settings."""
+
+    inference: tuple[Pass, ...]
+    training: tuple[Pass, ...]
+    inductor: dict[str, object] = field(default_factory=dict)
+
+
+class Compiler:
+    """A torch.compile backend for one model: `compiler(gm, example_inputs)`.
+
+    Graphs of the model share one WeightMemo; what was done goes to `session`.
+    """
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        self.plan = plan
+        self.session = session
+        self._weights = WeightMemo()
+        self._lock = threading.Lock()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Compiled:
+        """Compiles one graph. Never fails where Inductor alone would not."""
+        if _needs_gradients(gm, example_inputs):
+            return self._train(gm, example_inputs)
+        first = self._specialise(gm, example_inputs)
+        if not first.bound:
+            return first.function
+        return Variants(first, lambda args: self._respecialise(gm, args))
+
+    def _specialise(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Variant:
+        bound = bind(gm, inputs)
+        ctx = self._context()
+        counts = run(bound.gm, self.plan.inference, ctx)
+        self._record(bound, ctx, counts, UNMATCHED)
+        function = compile_fx(unbind(bound), inputs, config_patches=self.plan.inductor)
+        return Variant(function, _bound_inputs(gm, bound, ctx.baked))
+
+    def _respecialise(self, gm: fx.GraphModule, args: Sequence[object]) -> Variant:
+        """Once more, outside Dynamo, for other weights: sizes are those of the first capture."""
+        self._weights.forget()
+        fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        inputs = [
+            given if isinstance(given, nn.Parameter) else fake
+            for given, fake in zip(args, fakes, strict=True)
+        ]
+        fake_mode = detect_fake_mode(fakes)
+        with tracing(TracingContext(fake_mode)), torch.no_grad():
+            return self._specialise(gm, inputs)
+
+    def _train(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Compiled:
+        bound = bind(gm, inputs)
+        ctx = self._context()
+        counts = run(bound.gm, self.plan.training, ctx)
+        self._record(bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS)
+        return compile_fx(unbind(bound), inputs, config_patches=self.plan.inductor)
+
+    def _context(self) -> PassContext:
+        return PassContext(weights=self._weights, graph=len(self.session.graphs))
+
+    def _record(
+        self, bound: Bound, ctx: PassContext, counts: dict[str, int], otherwise: str
+    ) -> None:
+        """Adds the graph to the session; a row that no pass explained gets the `otherwise`."""
+        for key, row in ctx.rows.items():
+            if not row.kernel and not row.reason:
+                ctx.rows[key] = type(row)(**{**vars(row), "reason": otherwise})
+        record = GraphRecord(tuple(ctx.rows.values()), dict(ctx.seconds), counts)
+        with self._lock:
+            self.session.graphs.append(record)
+        remember_weights(bound.weights.values(), self.session)
+
+
+def _needs_gradients(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    )
+
+
+def _bound_inputs(
+    gm: fx.GraphModule, bound: Bound, baked: set[str]
+) -> tuple[tuple[int, Tensor, int], ...]:
+    positions = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return tuple(
+        (positions[bound.placeholders[name]], bound.weights[name], version(bound.weights[name]))
+        for name in sorted(baked & set(bound.placeholders))
+    )

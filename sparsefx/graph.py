@@ -1,0 +1,146 @@
+"""Capture by either door into one normal form, and back out to Inductor.
+
+Normal form: a GraphModule in which the operators that passes look at are aten overloads
+(normalise.py), weights are `get_attr` nodes under their real names, and tensor nodes carry
+`meta["val"]`.
+
+*Export door*: `capture(model, args)`; used by export_onnx and calibration.
+*Dynamo door*: `bind(gm, example_inputs)` inside a torch.compile backend, where weights come as
+placeholders; `unbind` turns those that are still used back before Inductor sees the graph.
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+
+from sparsefx.attributes import get_tensor, remove_unused, set_tensor
+from sparsefx.normalise import normalise
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object] | None = None,
+    dynamic_shapes: object = None,
+) -> fx.GraphModule:
+    """The graph of `model(*args, **kwargs)` through torch.export, in normal form.
+
+    `dynamic_shapes` as torch.export takes them. Example tensors are cloned, because two arguments
+    that are one tensor object give a silently wrong graph. The weights are the model's own.
+    """
+    args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    for node in module.graph.find_nodes(op="get_attr"):
+        node.meta.setdefault("val", get_tensor(module, str(node.target)))
+    return normalise(module)
+
+
+def clone_inputs(inputs: object) -> object:
+    """A copy of a tree of arguments in which no two tensors are one object."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A Dynamo graph in normal form. `placeholders`: weight name -> the input it came in as.
+
+    The placeholders stay in the graph, unused, so that the order of inputs never changes.
+    """
+
+    gm: fx.GraphModule
+    placeholders: dict[str, str]
+    weights: dict[str, Tensor]
+
+
+def bind(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Bound:
+    """Puts the real weights of a Dynamo graph on a copy of it, under their real names."""
+    graph_copy = _copy(gm)
+    inputs = graph_copy.graph.find_nodes(op="placeholder")
+    placeholders: dict[str, str] = {}
+    weights: dict[str, Tensor] = {}
+    for node, value in zip(inputs, example_inputs, strict=True):
+        name = _weight_name(node)
+        if name is None or not isinstance(value, Tensor):
+            continue
+        set_tensor(graph_copy, name, value)
+        with graph_copy.graph.inserting_after(inputs[-1]):
+            attribute = graph_copy.graph.get_attr(name)
+        attribute.meta["val"] = value
+        node.replace_all_uses_with(attribute)
+        placeholders[name], weights[name] = node.name, value
+    return Bound(normalise(graph_copy), placeholders, weights)
+
+
+def unbind(bound: Bound) -> fx.GraphModule:
+    """Gives weights that are still used back to their placeholders, so Inductor sees inputs.
+
+    What passes added (packed tensors, masks) stays as buffers; AOTAutograd wants a Dynamo source
+    for each.
+    """
+    gm = bound.gm
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.target in bound.placeholders:
+            node.replace_all_uses_with(inputs[bound.placeholders[str(node.target)]])
+            gm.graph.erase_node(node)
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    remove_unused(gm, used)
+    _flatten(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes may be edited; Dynamo keeps using the original."""
+    duplicate = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    duplicate.meta = dict(gm.meta)
+    originals = gm.graph.find_nodes(op="placeholder")
+    for original, node in zip(originals, duplicate.graph.find_nodes(op="placeholder"), strict=True):
+        # A plain attribute that Dynamo sets and AOTAutograd reads; graph copies drop it.
+        if "_dynamo_source" in original.__dict__:
+            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    sources = gm.__dict__.get("_param_name_to_source")
+    if sources is not None:
+        duplicate._param_name_to_source = dict(sources)  # type: ignore[assignment]
+    return duplicate
+
+
+def _flatten(gm: fx.GraphModule) -> None:
+    """Renames dotted tensors that passes added to flat ones, each with a Dynamo source."""
+    sources = gm.__dict__.get("_param_name_to_source")
+    for node in gm.graph.find_nodes(op="get_attr"):
+        dotted = str(node.target)
+        if sources is None or dotted in sources:
+            continue
+        flat = "_sparsefx_" + dotted.replace(".", "_")
+        gm.register_buffer(flat, get_tensor(gm, dotted))
+        node.target = flat
+        sources[flat] = ConstantSource(source_name=flat)
+    remove_unused(gm, {str(node.target) for node in gm.graph.find_nodes(op="get_attr")})
+
+
+_STEP = re.compile(r"\._(modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+
+
+def _weight_name(node: fx.Node) -> str | None:
+    """"model.layers.0.weight" from `L['self']._modules['model']...`, or None for other inputs."""
+    source = node.__dict__.get("_dynamo_source")
+    if source is None:
+        return None
+    text = source.name if isinstance(source.name, str) else source.name()
+    if "._parameters[" not in text and "._buffers[" not in text:
+        return None
+    steps = [step[1] or step[2] or step[3] for step in _STEP.findall(text)]
+    names = [step for step in steps if step != "_orig_mod"]
+    return ".".join(names) if names else None

@@ -1,0 +1,15 @@
+"""Symbolic sizes, read without installing a guard."""
+
+import torch
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size at the example input; 1 where a symbol has none."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
+
+
+def varies(size: int | torch.SymInt) -> bool:
+    """Whether other calls of the same graph may bring another size."""
+    return isinstance(size, torch.SymInt) and not bool(size.node.expr.is_number)

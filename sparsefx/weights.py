@@ -1,0 +1,60 @@
+"""What is known of a model's weights, found once and shared by all its graphs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparsefx.detect import Found, tightest
+
+
+@dataclass
+class WeightMemo:
+    """Patterns found in weights and their packed forms, by weight object and version.
+
+    A prefill and a decode graph read the same weights: each is searched and packed once, and both
+    graphs hold the same packed tensors.
+    """
+
+    _found: "dict[tuple[int, int, bool], tuple[Tensor, Found]]" = field(default_factory=dict)
+    _packed: "dict[tuple[int, int, bool, str], tuple[Tensor, tuple[Tensor, ...]]]" = field(
+        default_factory=dict
+    )
+
+    def found(self, weight: Tensor, transposed: bool) -> Found:
+        """The tightest pattern in `weight`, seen as [out, in]; `transposed` if stored [in, out]."""
+        key = (id(weight), version(weight), transposed)
+        if key not in self._found:
+            stored = weight.detach().t().contiguous() if transposed else weight.detach()
+            self._found[key] = (weight, tightest(stored))  # holding it keeps the id valid
+        return self._found[key][1]
+
+    def packed(
+        self,
+        weight: Tensor,
+        transposed: bool,
+        layout: str,
+        pack: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """`pack(weight as [out, in])`, made once per weight and layout."""
+        key = (id(weight), version(weight), transposed, layout)
+        if key not in self._packed:
+            stored = weight.detach().t() if transposed else weight.detach()
+            self._packed[key] = (weight, pack(stored.contiguous()))
+        return self._packed[key][1]
+
+    def pruned(
+        self, weight: Tensor, transposed: bool, how: str, prune: Callable[[], Tensor]
+    ) -> Tensor:
+        """`prune()`, made once per weight and `how`."""
+        return self.packed(weight, transposed, f"pruned {how}", lambda _: (prune(),))[0]
+
+    def forget(self) -> None:
+        """Drops everything, for weights that changed."""
+        self._found.clear()
+        self._packed.clear()
+
+
+def version(tensor: Tensor) -> int:
+    """Counts in-place changes; -1 for inference tensors, which do not keep count."""
+    return -1 if tensor.is_inference() else tensor._version
