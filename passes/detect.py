@@ -37,6 +37,8 @@ def _row(candidate: Candidate, ctx: PassContext) -> Row:
         return _declined(row, "attention is dense: thresholded attention is not built yet")
     if candidate.op == "conv":
         return _declined(row, "convolution: there is no sparse kernel for convolutions yet")
+    if candidate.op == "experts":
+        return _declined(row, "a stack of expert weights: no kernel takes 3-d weights yet")
     if candidate.weight is None:
         return _declined(row, "the weight is computed in the graph, not a parameter")
     return _weight_row(row, candidate, ctx)

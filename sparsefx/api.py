@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor import list_mode_options
 
 from sparsefx import debug, guard as guards
 from sparsefx.annotations import annotations
 from sparsefx.attributes import count_nonfinite
 from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
-from sparsefx.compiler import Compiler, Plan
+from sparsefx.codegen.triton.kernels import kernels as triton_kernels
+from sparsefx.compiler import Compiler, Plan, inductor
 from sparsefx.devices import nearest
 from sparsefx.errors import (
     DeviceMismatch,
@@ -42,7 +42,7 @@ M = TypeVar("M", bound=nn.Module)
 @functools.cache
 def targets() -> Mapping[str, Target]:
     """The targets by name. "a100" and its like plan for a GPU that need not be present."""
-    cuda = ()
+    cuda = triton_kernels()
     planned = {name: Target(name, "cuda", cuda, name) for name in ("a100", "h100", "h200", "l4")}
     return {
         "cpu": Target("cpu", "cpu", CPP_KERNELS),
@@ -107,14 +107,14 @@ def backend(
     """
     given = dict(options or {})
     recipe, guard = given.pop("recipe", None), given.pop("guard", "measure")
-    target, inductor = given.pop("target", None), given.pop("inductor", None)
+    target, settings = given.pop("target", None), given.pop("inductor", None)
     if given:
         known = "recipe, guard, target, inductor"
         raise UnknownOption(option="options", value=sorted(given)[0], known=known)
     chosen = _target(target, _device_of(example_inputs))
     _check_guard(guard, chosen)
     session = Session("torch.compile graph", chosen.name, str(guard))
-    plan = _plan(chosen, str(guard), mode, recipe, frozenset(), inductor)
+    plan = _plan(chosen, str(guard), mode, recipe, frozenset(), settings)
     return Compiler(plan, session)(gm, example_inputs)
 
 
@@ -189,17 +189,21 @@ def _plan(
     mode: str | None,
     recipe: object,
     trained: frozenset[str],
-    inductor: object = None,
+    settings: object = None,
 ) -> Plan:
     passes = pipelines.inference(target, _judge(target, guard), proof=guard != "off")
     if isinstance(recipe, Recipe):
         passes = (ApplyRecipe(recipe), *passes)
     elif recipe is not None:
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
-    settings = dict(list_mode_options(mode)) if mode else {}
-    if isinstance(inductor, Mapping):
-        settings.update(inductor)
-    return Plan(passes, pipelines.training(trained), settings)
+    patches: dict[str, object] = {}
+    if mode:
+        from torch._inductor import list_mode_options  # slow to import, seldom needed
+
+        patches.update(list_mode_options(mode))
+    if isinstance(settings, Mapping):
+        patches.update(settings)
+    return Plan(passes, pipelines.training(trained), inductor(patches))
 
 
 def _judge(target: Target, guard: str) -> Judge:

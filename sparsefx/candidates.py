@@ -1,11 +1,11 @@
-"""Which nodes of a graph sparsity could act on: linears, convolutions and attentions."""
+"""Which nodes of a graph sparsity could act on: linears, convolutions, attentions, experts."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsefx.rewrite import arguments
 from sparsefx.shapes import hint, varies
@@ -29,7 +29,7 @@ _LINEARS = {
 class Candidate:
     """One candidate node.
 
-    op: "linear", "conv" or "attention"; name: the module it comes from; weight: its get_attr node
+    op: "linear", "conv", "attention" or "experts" (a stack of weights, one parameter); name: the module it comes from; weight: its get_attr node
     where it has a constant one; transposed: whether that weight is stored [in, out].
     """
 
@@ -43,14 +43,14 @@ class Candidate:
 def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
     """The candidates of a normal-form graph, in graph order."""
     for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
         if node.target in _LINEARS:
             yield from _linear(node)
         elif node.target in CONVOLUTIONS:
             yield Candidate(node, "conv", module_path(node))
         elif node.target is ATTENTION or _is_eager_attention(node):
             yield Candidate(node, "attention", module_path(node))
+        else:
+            yield from _experts(node)
 
 
 def stored_weight(candidate: Candidate) -> Tensor:
@@ -86,10 +86,29 @@ def _linear(node: fx.Node) -> Iterator[Candidate]:
     position, transposed = _LINEARS[node.target]  # type: ignore[index]  # target is an overload here
     weight = arguments(node)[position]
     if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.meta["val"].dim() == 2:
-        name = parameter_name(weight).removesuffix(".weight")
-        yield Candidate(node, "linear", name, weight, transposed)
+        yield Candidate(node, "linear", _layer_name(node, weight), weight, transposed)
     elif node.target is aten.linear.default:
         yield Candidate(node, "linear", module_path(node))
+
+
+def _experts(node: fx.Node) -> Iterator[Candidate]:
+    if node.op == "output":
+        return
+    for source in node.all_input_nodes:
+        value = source.meta.get("val")
+        if source.op == "get_attr" and isinstance(value, nn.Parameter) and value.dim() == _STACK:
+            yield Candidate(node, "experts", parameter_name(source))
+
+
+_STACK = 3  # [experts, out, in]; a 1-d convolution's weight is 3-d too, and handled before
+
+
+def _layer_name(node: fx.Node, weight: fx.Node) -> str:
+    """The parameter's owner where it lies in the module at work, else (tied weights) that module."""
+    parameter, path = parameter_name(weight), module_path(node)
+    if path == node.name or parameter.startswith(f"{path}."):
+        return parameter.removesuffix(".weight")
+    return path
 
 
 _STEPS_TO_MATMUL = 5

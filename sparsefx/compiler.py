@@ -4,13 +4,12 @@ Knows no pass and no kernel: what runs is given by a Plan (api.py makes it).
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor.compile_fx import compile_fx
 
 from sparsefx.graph import Bound, bind, unbind
 from sparsefx.pipeline import Pass, PassContext, run
@@ -23,13 +22,29 @@ MASK_KEPT = "gradients are on: the mask is kept and trainable; torch.no_grad() u
 UNMATCHED = "no packing rule matches the way this layer is written"
 
 
+Emit = Callable[[fx.GraphModule, Sequence[object]], Compiled]
+
+
+def inductor(settings: Mapping[str, object]) -> Emit:
+    """Inductor under the given settings (`torch._inductor.config` names)."""
+    patches = dict(settings)
+
+    def emit(gm: fx.GraphModule, inputs: Sequence[object]) -> Compiled:
+        # Imported here: it takes seconds, which `import sparsefx` and the shell must not pay.
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, inputs, config_patches=patches)
+
+    return emit
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Which passes run without and with gradients, and Inductor's settings."""
+    """Which passes run without and with gradients, and who compiles what they leave."""
 
     inference: tuple[Pass, ...]
     training: tuple[Pass, ...]
-    inductor: dict[str, object] = field(default_factory=dict)
+    emit: Emit
 
 
 class Compiler:
@@ -58,7 +73,7 @@ class Compiler:
         ctx = self._context()
         counts = run(bound.gm, self.plan.inference, ctx)
         self._record(bound, ctx, counts, UNMATCHED)
-        function = compile_fx(unbind(bound), inputs, config_patches=self.plan.inductor)
+        function = self.plan.emit(unbind(bound), inputs)
         return Variant(function, _bound_inputs(gm, bound, ctx.baked))
 
     def _respecialise(self, gm: fx.GraphModule, args: Sequence[object]) -> Variant:
@@ -78,7 +93,7 @@ class Compiler:
         ctx = self._context()
         counts = run(bound.gm, self.plan.training, ctx)
         self._record(bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS)
-        return compile_fx(unbind(bound), inputs, config_patches=self.plan.inductor)
+        return self.plan.emit(unbind(bound), inputs)
 
     def _context(self) -> PassContext:
         return PassContext(weights=self._weights, graph=len(self.session.graphs))

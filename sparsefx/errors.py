@@ -144,7 +144,58 @@ class KernelBuildFailed(SparseFXError, RuntimeError):
     message = "kernel {kernel} did not compile: {rule}. The node stays dense; please report the text"
 
 
+class KernelRunFailed(KernelBuildFailed):
+    """A generated kernel that was built and failed when the guard ran it."""
+
+    message = "kernel {kernel} failed when it ran: {rule}. The node stays dense; please report it"
+
+
 class InvalidSetting(SparseFXError, ValueError):
     """An environment variable of SparseFX with a value outside its list."""
 
     message = "{variable}={value!r} is not understood; legal values: {known}"
+
+
+class InvalidReport(SparseFXError, ValueError):
+    """A JSON report that cannot be read."""
+
+    message = "report {path}: {rule}. Write it again with Report.to_json"
+
+
+class UnreadableModel(SparseFXError, ValueError):
+    """A path given to the shell command that holds no model it can read."""
+
+    message = "{path} cannot be read as a model: {rule}. {remedy}"
+
+
+class MissingPackage(SparseFXError, ImportError):
+    """A package that only some features need is not installed."""
+
+    message = "{feature} needs the package {package!r}; install it with: {remedy}"
+
+
+class DtypeMismatch(SparseFXError, TypeError):
+    """A tensor does not have the dtype that a built kernel was made for."""
+
+    message = "{name} is {dtype}, but the kernel was built for {needed}; cast it, or compile again"
+
+
+class KernelNotFound(SparseFXError, RuntimeError):
+    """A graph names a built kernel that is not in the cache of this machine."""
+
+    message = (
+        "kernel {handle!r} is not in the cache folder (SPARSEFX_CACHE) of this machine; "
+        "compile the model again, which builds it"
+    )
+
+
+class InvalidHandle(SparseFXError, ValueError):
+    """A kernel handle in a graph that SparseFX cannot have written."""
+
+    message = "{handle!r} does not name a kernel: {rule}. Compile the model again"
+
+
+class NotExportable(SparseFXError, ValueError):
+    """A graph, or an option, that ONNX export refuses before it writes anything."""
+
+    message = "the model cannot be exported to ONNX: {rule}. {remedy}"

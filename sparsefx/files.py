@@ -1,7 +1,6 @@
 """Files appear whole or not at all."""
 
-import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the folder of `path`; renames it on success, removes it on error."""
+    """Gives a temporary path in the folder of `path`; renames it on success, removes it on error.
+
+    The file is created by whoever writes to it, with the permissions that any new file gets
+    (those of `tempfile.mkstemp` would hide it from other users).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield temporary
         temporary.replace(path)

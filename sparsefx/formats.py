@@ -78,6 +78,14 @@ def unpack_nm(packed: PackedNM, n: int, m: int) -> Tensor:
     return dense.scatter_(-1, columns, values.view(out, -1, n)).view(out, -1)
 
 
+def index_columns(index: Tensor, m: int) -> Tensor:
+    """The columns stored in `PackedNM.index` [out, bytes], uint8 [out, bytes * 8 / index_bits(m)].
+
+    Those behind the last value of a row are padding.
+    """
+    return _unpack_fields(index, index_bits(m), index.shape[1] * 8 // index_bits(m))
+
+
 def pack_bitmap(weight: Tensor) -> PackedBitmap:
     """Packs any `weight` [out, in] as bitmap."""
     if weight.dim() != 2:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 
 from sparsefx.attributes import get_tensor, remove_unused, set_tensor
 from sparsefx.normalise import normalise
@@ -41,7 +40,7 @@ def capture(
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.find_nodes(op="get_attr"):
-        node.meta.setdefault("val", get_tensor(module, str(node.target)))
+        node.meta["val"] = get_tensor(module, str(node.target))  # the real one, not export's fake
     return normalise(module)
 
 
@@ -118,6 +117,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _flatten(gm: fx.GraphModule) -> None:
     """Renames dotted tensors that passes added to flat ones, each with a Dynamo source."""
+    # Imported here: Dynamo is loaded by now, and `import sparsefx` must not load it.
+    from torch._dynamo.source import ConstantSource
+
     sources = gm.__dict__.get("_param_name_to_source")
     for node in gm.graph.find_nodes(op="get_attr"):
         dotted = str(node.target)

@@ -161,10 +161,10 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
-        """Reads a recipe that `to_toml` wrote. Raises InvalidRecipe, OSError."""
+        """Reads a recipe that `to_toml` wrote. Raises InvalidRecipe, InvalidPattern, OSError."""
         try:
             table = tomllib.loads(Path(path).read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # tomllib on bad syntax, UTF-8, digits, depth
             raise _invalid(path, f"not TOML: {error}") from error
         unknown = set(table) - {"weights"}
         if unknown:
@@ -172,7 +172,10 @@ class Recipe:
         entries = table.get("weights", [])
         if not isinstance(entries, list):
             raise _invalid(path, "weights must be an array of tables, [[weights]]")
-        return cls(weights=dict(_parse_entry(path, entry) for entry in entries))
+        weights = dict(_parse_entry(path, entry) for entry in entries)
+        if len(weights) < len(entries):
+            raise _invalid(path, "two [[weights]] entries have the same match")
+        return cls(weights=weights)
 
 
 _KINDS = {"unstructured": Unstructured, "nm": NM, "block": Block, "dense": None}
@@ -191,7 +194,7 @@ def _parse_entry(path: str | Path, entry: object) -> tuple[str, Pattern | None]:
     if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
         raise _invalid(path, "each [[weights]] entry needs match = '<glob>'")
     kind = entry.get("pattern")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise _invalid(path, f"pattern {kind!r} is not one of {', '.join(_KINDS)}")
     if kind == "dense":
         return entry["match"], None
@@ -199,13 +202,14 @@ def _parse_entry(path: str | Path, entry: object) -> tuple[str, Pattern | None]:
         raise _invalid(path, f"criterion {entry['criterion']!r} is not one of magnitude")
     numbers = {name: entry.get(name) for name in _NUMBERS[kind]}
     extra = set(entry) - {"match", "pattern", "criterion", *numbers}
-    if extra or not all(_is_number(value) for value in numbers.values()):
+    if extra or not all(_is_number(name, value) for name, value in numbers.items()):
         raise _invalid(path, f"pattern {kind!r} takes the numbers {', '.join(numbers)}")
     return entry["match"], _KINDS[kind](**numbers)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(name: str, value: object) -> bool:
+    legal = int | float if name == "sparsity" else int
+    return isinstance(value, legal) and not isinstance(value, bool)
 
 
 def _invalid(path: str | Path, rule: str) -> InvalidRecipe:

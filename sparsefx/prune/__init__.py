@@ -1,1 +1,1 @@
-"""."""
+"""Deciding which weights of a model become zero."""

@@ -1,0 +1,128 @@
+"""C++ source -> shared library in the cache: compiled once, named by its content, written atomically.
+
+The name (handle) is the hash of source, flags and compiler, so that it means the same in another
+process. Where the cache cannot be written, a private folder in the temporary folder takes its place.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsefx.debug import settings
+from sparsefx.errors import KernelBuildFailed
+from sparsefx.files import write_atomically
+
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A g++ on this machine: where it is and the first line of `g++ --version`."""
+
+    path: str
+    version: str
+
+
+def compiler() -> Compiler | None:
+    """The g++ on PATH, or None."""
+    path = shutil.which("g++")
+    return Compiler(path, _version(path)) if path else None
+
+
+def build(kernel: str, source: str, isa_flags: tuple[str, ...]) -> tuple[str, Path]:
+    """The handle and the place of the library made of `source`; compiled unless the cache has it.
+
+    `kernel` starts the handle and names the kernel in errors. Raises KernelBuildFailed.
+    """
+    found = compiler()
+    if found is None:
+        raise KernelBuildFailed(kernel=kernel, rule="no g++ on PATH")
+    flags = (*_FLAGS, *isa_flags, *_openmp())
+    handle = f"{kernel}_{_digest(source, *flags, found.version)}"
+    path = library(handle)
+    if path is None:
+        path = _store(handle, source, _compile(kernel, source, (found.path, *flags)))
+    if "kernels" in settings().dump:
+        write_atomically(settings().dump_folder / f"{handle}.cpp", source.encode())
+    return handle, path
+
+
+def library(handle: str) -> Path | None:
+    """Where the library called `handle` lies, its source beside it as .cpp, or None."""
+    paths = (folder / f"{handle}.so" for folder in _folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _folders() -> tuple[Path, Path]:
+    return settings().cache / "cpp", _private_folder()
+
+
+def _store(handle: str, source: str, binary: bytes) -> Path:
+    cache, private = _folders()
+    try:
+        return _write(cache / f"{handle}.so", source, binary)
+    except OSError:  # read-only, full, or not a folder
+        return _write(private / f"{handle}.so", source, binary)
+
+
+def _write(path: Path, source: str, binary: bytes) -> Path:
+    """The library goes last: where it is, its source is too."""
+    write_atomically(path.with_suffix(".cpp"), source.encode())
+    write_atomically(path, binary)
+    return path
+
+
+def _compile(kernel: str, source: str, command: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="sparsefx") as folder:
+        path, result = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        path.write_text(source)
+        # The source comes before the libraries, or the linker drops those as not needed.
+        line = (command[0], str(path), "-o", str(result), *command[1:])
+        done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise KernelBuildFailed(kernel=kernel, rule=done.stderr.strip()[:2000])
+        return result.read_bytes()
+
+
+def _openmp() -> tuple[str, ...]:
+    """Links the OpenMP runtime that torch brings, if it brings one.
+
+    A second runtime would be a second pool of threads, and two pools that spin stall each other
+    for milliseconds. -fopenmp alone asks for libgomp.so.1; torch's may have another soname.
+    """
+    package = Path(torch.__file__).parent
+    folders = (package / "lib", package.parent / "torch.libs")
+    found = sorted(path for folder in folders for path in folder.glob("libgomp*.so*"))
+    return ("-Wl,--as-needed", str(found[0])) if found else ()
+
+
+@functools.cache
+def _version(path: str) -> str:
+    done = subprocess.run((path, "--version"), capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0]
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """A folder that only this user can write: libraries are loaded from it."""
+    folder = Path(tempfile.gettempdir()) / f"sparsefx-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022:
+            return folder
+    except OSError:  # a file of that name: someone else's, so take a new name
+        pass
+    return Path(tempfile.mkdtemp(prefix="sparsefx-"))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,176 @@
+"""The operators sparsefx_cpp::nm_linear and ::bitmap_linear: a generated library called by ctypes.
+
+The operator is registered once; which kernel runs is its `handle` argument. Registered by
+`Library.define/impl` and called by ctypes: about 7 us a call where the `custom_op` decorator costs 22.
+"""
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsefx.codegen.cpp.build import library
+from sparsefx.errors import DtypeMismatch, KernelNotFound, ShapeMismatch
+from sparsefx.ops import linear_output
+
+_LIBRARY = torch.library.Library("sparsefx_cpp", "DEF")
+_LIBRARY.define(
+    "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor[] extras, str handle)"
+    " -> Tensor"
+)
+_LIBRARY.define(
+    "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor row_ptr, Tensor? bias, "
+    "Tensor[] extras, str handle) -> Tensor"
+)
+_ARGUMENTS = (*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32)
+
+
+class Loaded(NamedTuple):
+    """A library in this process: its function, and what the function was specialised to."""
+
+    run: Callable[..., int]
+    dtype: torch.dtype
+    has_bias: bool
+    extras: int
+    n: int
+    m: int
+    index_bits: int
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of the keys of a row: indices of its values, or one bit a column."""
+        bits = in_features // self.m * self.n * self.index_bits if self.index_bits else in_features
+        return (bits + 7) // 8
+
+
+@functools.cache
+def load(handle: str) -> Loaded:
+    """The library that `build` named `handle`. Raises KernelNotFound."""
+    path = library(handle) if re.fullmatch(r"\w+", handle) else None
+    if path is None:
+        raise KernelNotFound(handle=handle)
+    opened = ctypes.CDLL(str(path))
+    run = opened.sparsefx_linear
+    run.argtypes, run.restype = _ARGUMENTS, ctypes.c_int32
+    has_bias, extras, n, m, index_bits = (ctypes.c_int32 * 5).in_dll(opened, "sparsefx_numbers")
+    dtype = (ctypes.c_char * 16).in_dll(opened, "sparsefx_dtype").value.decode()
+    return Loaded(run, getattr(torch, dtype), bool(has_bias), extras, n, m, index_bits)
+
+
+def nm_linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    extras: Sequence[Tensor],
+    handle: str,
+) -> Tensor:
+    """epilogue(x W^T + bias) by the library `handle`.
+
+    x [..., in]; values, index: `formats.PackedNM`, or for kernels that read no indices, index is
+    uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest column; bias [out]; extras [..., out]. Returns [..., out], contiguous, x's dtype.
+    Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
+    """
+    kernel = load(handle)
+    if values.numel() * kernel.m != index.shape[0] * x.shape[-1] * kernel.n:
+        rule = f"{kernel.n}:{kernel.m} of [{index.shape[0]}, {x.shape[-1]}] has another count"
+        raise _misshapen("values", values, rule)
+    return _run(kernel, x, values, index, None, bias, extras)
+
+
+def bitmap_linear(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    extras: Sequence[Tensor],
+    handle: str,
+) -> Tensor:
+    """As `nm_linear`, for values, bits and row_ptr of `formats.PackedBitmap`."""
+    if row_ptr.shape[0] != bits.shape[0] + 1 or row_ptr.dtype != torch.int32:
+        raise _misshapen("row_ptr", row_ptr, f"it must be int32 [{bits.shape[0] + 1}]")
+    return _run(load(handle), x, values, bits, row_ptr.contiguous(), bias, extras)
+
+
+def _run(
+    kernel: Loaded,
+    x: Tensor,
+    values: Tensor,
+    keys: Tensor,
+    row_ptr: Tensor | None,
+    bias: Tensor | None,
+    extras: Sequence[Tensor],
+) -> Tensor:
+    _check(kernel, x, values, keys, bias, extras)
+    out = keys.shape[0]
+    y = linear_output(x, out)
+    if not y.numel():
+        return y
+    x, values, keys = x.contiguous(), values.contiguous(), keys.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    extras = [extra.expand(y.shape).contiguous() for extra in extras]
+    failed = kernel.run(
+        x.data_ptr(),
+        values.data_ptr(),
+        keys.data_ptr(),
+        None if row_ptr is None else row_ptr.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        (ctypes.c_void_p * len(extras))(*[extra.data_ptr() for extra in extras]),
+        y.data_ptr(),
+        y.numel() // out,
+        x.shape[-1],
+        out,
+        keys.shape[1],
+        values.numel(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the copies that a sparse linear works on")
+    return y
+
+
+def _check(
+    kernel: Loaded,
+    x: Tensor,
+    values: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    extras: Sequence[Tensor],
+) -> None:
+    """Everything that the C function takes on trust."""
+    dtype = kernel.dtype
+    for name, tensor in (("x", x), ("values", values), ("bias", bias), *_named(extras)):
+        if tensor is not None and tensor.dtype is not dtype:
+            raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=dtype)
+    if keys.dtype is not torch.uint8:
+        raise DtypeMismatch(name="index or bits", dtype=keys.dtype, needed=torch.uint8)
+    if keys.shape[1] != kernel.row_bytes(x.shape[-1]):
+        raise _misshapen("x", x, f"its last size must fit {keys.shape[1]} bytes of index or bits a row")
+    if (bias is not None) != kernel.has_bias or len(extras) != kernel.extras:
+        rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
+        raise _misshapen("extras", x.new_empty(len(extras)), rule)
+    if bias is not None and bias.shape != keys.shape[:1]:
+        raise _misshapen("bias", bias, f"the weight has {keys.shape[0]} rows")
+
+
+def _named(extras: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"extras[{i}]", extra) for i, extra in enumerate(extras)]
+
+
+def _misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:
+    remedy = "Pass the tensors of the Lowering that this handle came with"
+    return ShapeMismatch(name=name, shape=tuple(tensor.shape), rule=rule, remedy=remedy)
+
+
+_LIBRARY.impl("nm_linear", nm_linear, "CPU")
+_LIBRARY.impl("bitmap_linear", bitmap_linear, "CPU")
+for _name in ("nm_linear", "bitmap_linear"):
+    torch.library.register_fake(
+        f"sparsefx_cpp::{_name}",
+        lambda x, values, keys, *_: linear_output(x, keys.shape[0]),
+        lib=_LIBRARY,
+    )

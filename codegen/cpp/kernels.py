@@ -1,0 +1,79 @@
+"""The CPU's kernels as data: which packed linears they accept and how they lower them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefx.codegen.cpp import build, call, emit
+from sparsefx.codegen.cpp.isa import Isa, best, named
+from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
+from sparsefx.target import LinearSpec, Lowering
+
+
+@dataclass(frozen=True)
+class CppLinear:
+    """A packed linear of one `layout` ("nm" or "bitmap") as a generated C function.
+
+    `isa` forces an instruction set by name; None takes the best that this machine has.
+    """
+
+    layout: str
+    isa: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Shown in reports."""
+        return f"cpp_{self.layout}_linear"
+
+    def accepts(self, spec: LinearSpec) -> str | None:
+        """None for yes, or the reason for no."""
+        if spec.layout != self.layout:
+            return f"{self.name} reads the {self.layout} layout, not {spec.layout}"
+        if spec.dtype not in emit.VALUE_TYPES:
+            return f"{spec.dtype} is not one of float32, bfloat16, float16"
+        if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):
+            return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
+        if not self._isa().present():
+            return f"this CPU has no {self._isa().name}"
+        if build.compiler() is None:
+            return "no C++ compiler (g++) on PATH"
+        return None
+
+    def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
+        """Generates, builds and caches the kernel. Raises KernelBuildFailed.
+
+        Kernels that cannot use N:M indices get one keep bit a column instead, which is no more
+        bytes at 2:4, 4:8 and 2:8. Values, and all tensors of a bitmap, are passed on uncopied.
+        """
+        isa = self._isa()
+        text = emit.source(spec, isa)
+        handle, path = build.build(_prefix(spec, isa), text, isa.flags)
+        try:
+            call.load(handle)
+        except OSError:  # what a crash of the machine left in the cache is not a library
+            path.unlink()
+            handle, path = build.build(_prefix(spec, isa), text, isa.flags)
+        ops = torch.ops.sparsefx_cpp
+        op = ops.nm_linear.default if self.layout == "nm" else ops.bitmap_linear.default
+        as_is = self.layout == "bitmap" or isa.picks(spec.n, spec.m)
+        arranged = packed if as_is else _keep_bits(spec, packed)
+        return Lowering(op, arranged, handle, text, path=str(path.with_suffix(".cpp")))
+
+    def _isa(self) -> Isa:
+        return best() if self.isa is None else named(self.isa)
+
+
+TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"))
+
+
+def _keep_bits(spec: LinearSpec, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    values, index = packed
+    ones = torch.ones(values.shape, dtype=torch.uint8, device=values.device)
+    keep = unpack_nm(PackedNM(ones, index), spec.n, spec.m)
+    return values, pack_bits(keep)
+
+
+def _prefix(spec: LinearSpec, isa: Isa) -> str:
+    pattern = f"{spec.n}_{spec.m}_" if spec.layout == "nm" else ""
+    return f"{spec.layout}_{pattern}{emit.VALUE_TYPES[spec.dtype]}_{isa.name}"

@@ -1,0 +1,42 @@
+// AVX-512: 16 floats in a register.
+#include "x86.h"
+
+constexpr int SUMS = 16;      // Sums that a thread keeps in registers
+constexpr int MAX_BATCH = 8;  // rows of x that share a block of W
+using X = float;
+using Sum = __m512;
+
+template <int COUNT>
+static inline __m512 load(const float* p) {
+    if constexpr (COUNT == 16) return _mm512_loadu_ps(p);
+    if constexpr (COUNT == 8) return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
+    if constexpr (COUNT == 4) return _mm512_zextps128_ps512(_mm_loadu_ps(p));
+    return _mm512_maskz_loadu_ps((1 << COUNT) - 1, p);
+}
+
+template <int COUNT>
+static inline __m256i load_halves(const void* p) {
+    const auto* words = static_cast<const __m128i*>(p);
+    if constexpr (COUNT == 16) return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    if constexpr (COUNT == 8) return _mm256_zextsi128_si256(_mm_loadu_si128(words));
+    if constexpr (COUNT == 4) return _mm256_zextsi128_si256(_mm_loadl_epi64(words));
+    return _mm256_maskz_loadu_epi16((1 << COUNT) - 1, p);
+}
+
+template <int COUNT>
+static inline __m512 load(const bf16* p) {
+    const __m512i words = _mm512_cvtepu16_epi32(load_halves<COUNT>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+template <int COUNT>
+static inline __m512 load(const fp16* p) {
+    return _mm512_cvtph_ps(load_halves<COUNT>(p));
+}
+
+static inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+
+static inline void stage_16(const Value* x, int64_t columns, X* staged) {
+    if (columns >= 16) return _mm512_storeu_ps(staged, load<16>(x));
+    for (int64_t c = 0; c < 16; ++c) staged[c] = c < columns ? widen(x + c) : 0;
+}

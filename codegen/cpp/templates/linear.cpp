@@ -1,0 +1,230 @@
+// y = epilogue(x W^T) on CPU, with W [out, in] stored as its kept values in row order and keys that
+// say which columns they are of: one bit a column (1 = kept, lowest bit = lowest column), or for
+// INDEX_BITS > 0 the column of each value inside its group of M. Sums are float32 for any Value.
+//
+// The default specialisation below lets this file compile as it is. A generated kernel is this file
+// with another specialisation: types, constants, the instruction set's block and the epilogue.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+// begin specialisation
+using Value = float;
+extern "C" const char sparsefx_dtype[16] = "float32";
+constexpr int N = 2, M = 4;  // N kept of each M columns; 0, 1: as many as the bits say
+constexpr int BIAS = 0, EXTRAS = 0;
+#include "portable.h"
+
+static inline float epilogue(float acc, int64_t, int64_t, const Value*, const Value* const*) {
+    return acc;
+}
+// end specialisation
+
+constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: as its bits say
+constexpr int ROWS = 4;              // rows of W that a thread walks side by side
+constexpr int64_t CHUNK = 64;        // rows of x staged at a time
+constexpr int64_t SMALL = 32768;     // multiply-adds below which threads cost more than they help
+
+// One row of W on its way from left to right.
+struct Row {
+    const Value* values;
+    const uint8_t* keys;
+};
+
+struct Shape {
+    int64_t in, out, row_bytes, value_count;
+    int64_t blocks() const { return in / WIDTH; }
+    int64_t rest() const { return in % WIDTH; }
+    int64_t padded() const { return (in + WIDTH - 1) / WIDTH * WIDTH; }
+};
+
+static inline Lanes next_block(Row& row) {
+    Key key = 0;
+    std::memcpy(&key, row.keys, KEY_BYTES);
+    const Lanes lanes = expand(key, row.values);
+    row.keys += KEY_BYTES;
+    row.values += KEPT ? KEPT : __builtin_popcountll(key);
+    return lanes;
+}
+
+// The last columns, fewer than WIDTH; the values that follow belong to another row.
+static Lanes last_block(const Row& row, const Shape& shape) {
+    Key key = 0;
+    std::memcpy(&key, row.keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
+    const int64_t count = KEPT ? shape.rest() / M * N : __builtin_popcountll(key);
+    Value copy[WIDTH] = {};
+    std::memcpy(copy, row.values, count * sizeof(Value));
+    return expand(key, copy);
+}
+
+template <int HEIGHT, int BATCH>
+static inline void add_block(Sum (&acc)[HEIGHT][BATCH], const Lanes (&weights)[HEIGHT],
+                             const X* x) {
+#pragma GCC unroll 8
+    for (int b = 0; b < BATCH; ++b)
+#pragma GCC unroll 4
+        for (int r = 0; r < HEIGHT; ++r) multiply_add(acc[r][b], weights[r], x + b * WIDTH);
+}
+
+// sums[r][b] = W[r] . x[b] for HEIGHT rows of W and BATCH rows of x; a block of W is used for all
+// BATCH rows. x is staged: block 0 of the BATCH rows, block 1 of them, ... All loops over r and b
+// are unrolled, or acc would live in memory.
+template <int HEIGHT, int BATCH>
+static inline void dot(Row (&rows)[HEIGHT], const X* x, const Shape& shape,
+                       float (&sums)[HEIGHT][BATCH]) {
+    Sum acc[HEIGHT][BATCH] = {};
+    Lanes weights[HEIGHT];
+    for (int64_t block = 0; block < shape.blocks(); ++block, x += BATCH * WIDTH) {
+#pragma GCC unroll 4
+        for (int r = 0; r < HEIGHT; ++r) weights[r] = next_block(rows[r]);
+        add_block(acc, weights, x);
+    }
+    if (shape.rest()) {
+#pragma GCC unroll 4
+        for (int r = 0; r < HEIGHT; ++r) weights[r] = last_block(rows[r], shape);
+        add_block(acc, weights, x);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < HEIGHT; ++r)
+#pragma GCC unroll 8
+        for (int b = 0; b < BATCH; ++b) sums[r][b] = total(acc[r][b]);
+}
+
+struct Weight {
+    const Value* values;
+    const uint8_t* keys;
+    const int32_t* row_ptr;
+    // expand() may read WIDTH values whatever it needs. The rows from `padded_row` on end too near
+    // the end of `values` for that, so a copy of them, with room behind it, is read instead.
+    int64_t padded_row;
+    const Value* padded;
+
+    int64_t start(int64_t r, const Shape& shape) const {
+        return N ? r * (shape.in / M * N) : row_ptr[r];
+    }
+    Row row(int64_t r, const Shape& shape) const {
+        const int64_t at = start(r, shape);
+        return {r < padded_row ? values + at : padded + (at - start(padded_row, shape)),
+                keys + r * shape.row_bytes};
+    }
+    Value* pad(const Shape& shape) {
+        padded_row = shape.out;
+        do --padded_row;
+        while (padded_row > 0 && start(padded_row, shape) + WIDTH > shape.value_count);
+        const int64_t from = start(padded_row, shape), count = shape.value_count - from;
+        Value* copy = static_cast<Value*>(std::calloc(count + WIDTH, sizeof(Value)));
+        if (copy && count) std::memcpy(copy, values + from, count * sizeof(Value));
+        padded = copy;
+        return copy;
+    }
+};
+
+struct Tail {
+    const Value* bias;
+    const Value* const* extras;
+    Value* y;
+    void store(float acc, int64_t column, int64_t at) const {
+        narrow(epilogue(acc, column, at, bias, extras), y + at);
+    }
+};
+
+// HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read again and the
+// result is dropped, which saves a second copy of this code for the remainder.
+template <int HEIGHT, int BATCH>
+static void rows_by_batch(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
+                          int64_t column, int64_t first) {
+    Row rows[HEIGHT];
+    for (int r = 0; r < HEIGHT; ++r)
+        rows[r] = weight.row(std::min(column + r, shape.out - 1), shape);
+    float sums[HEIGHT][BATCH];
+    dot(rows, x, shape, sums);
+    const int64_t end = std::min(column + HEIGHT, shape.out);
+    for (int b = 0; b < BATCH; ++b)
+        for (int64_t c = column; c < end; ++c)
+            tail.store(sums[c - column][b], c, (first + b) * shape.out + c);
+}
+
+// ROWS rows of W by BATCH rows of x, as many rows of W side by side as registers hold sums.
+template <int BATCH>
+static void group_by_batch(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
+                           int64_t column, int64_t first) {
+    constexpr int HEIGHT = std::max(1, std::min(ROWS, SUMS / BATCH));
+    const int64_t end = std::min(column + ROWS, shape.out);
+    for (; column < end; column += HEIGHT)
+        rows_by_batch<HEIGHT, BATCH>(weight, x, shape, tail, column, first);
+}
+
+static int batch_block(int64_t left) {
+    int block = MAX_BATCH;
+    while (block > left) block /= 2;
+    return block;
+}
+
+static void group(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
+                  int64_t column, int64_t first, int64_t batch) {
+    for (int64_t done = 0; done < batch;) {
+        const int block = batch_block(batch - done);
+        const X* rows = x + done * shape.padded();
+        const int64_t at = first + done;
+        switch (block) {
+            case 8: group_by_batch<8>(weight, rows, shape, tail, column, at); break;
+            case 4: group_by_batch<4>(weight, rows, shape, tail, column, at); break;
+            case 2: group_by_batch<2>(weight, rows, shape, tail, column, at); break;
+            default: group_by_batch<1>(weight, rows, shape, tail, column, at);
+        }
+        done += block;
+    }
+}
+
+// Copies `batch` rows of x into the order and type that dot() reads, columns padded with zeros.
+static void stage(const Value* x, X* staged, const Shape& shape, int64_t batch) {
+    for (int64_t done = 0; done < batch;) {
+        const int block = batch_block(batch - done);
+        for (int b = 0; b < block; ++b, x += shape.in)
+            for (int64_t c = 0; c < shape.padded(); c += WIDTH)
+                stage_block(x + c, std::min<int64_t>(WIDTH, shape.in - c),
+                            staged + c * block + b * WIDTH);
+        staged += block * shape.padded();
+        done += block;
+    }
+}
+
+// What the caller must know of the specialisation.
+extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS};
+
+// x [batch, in], values [value_count], keys [out, row_bytes], row_ptr [out + 1] (bitmap only),
+// bias [out], extras: pointers to [batch, out], y [batch, out]; all contiguous, all of type Value
+// but keys and row_ptr. Returns 0, or 1 if there is no memory for the copies it works on; out > 0.
+extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const uint8_t* keys,
+                                   const int32_t* row_ptr, const Value* bias,
+                                   const Value* const* extras, Value* y, int64_t batch, int64_t in,
+                                   int64_t out, int64_t row_bytes, int64_t value_count,
+                                   int32_t threads) {
+    const Shape shape{in, out, row_bytes, value_count};
+    const Tail tail{bias, extras, y};
+    Weight weight{values, keys, row_ptr, 0, nullptr};
+    Value* padded = weight.pad(shape);
+    const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
+    X* staged = static_cast<X*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
+    if (!padded || !staged) {
+        std::free(padded);
+        std::free(staged);
+        return 1;
+    }
+    const int64_t groups = (out + ROWS - 1) / ROWS;
+    for (int64_t first = 0; first < batch; first += CHUNK) {
+        const int64_t rows = std::min(CHUNK, batch - first);
+        stage(x + first * in, staged, shape, rows);
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * in * out > SMALL)
+        for (int64_t g = 0; g < groups; ++g)
+            group(weight, staged, shape, tail, g * ROWS, first, rows);
+    }
+    std::free(padded);
+    std::free(staged);
+    return 0;
+}

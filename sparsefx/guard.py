@@ -1,0 +1,277 @@
+"""Never slower: a kernel is chosen only if it beats dense, by measurement or by the roofline.
+
+Dense is timed without the epilogue, because Inductor fuses that into the dense product: the kernel,
+which does the epilogue too, must beat a lower bound of the dense cost. docs/guard.md has the rules.
+"""
+
+import functools
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefx import devices, diskcache, epilogue, timing
+from sparsefx.cost import linear_cost
+from sparsefx.devices import device_key as device_key
+from sparsefx.errors import KernelRunFailed
+from sparsefx.target import LinearSpec, Lowering
+
+# A kernel wins if it takes less than this share of the dense time: the medians of two equal kernels
+# differ by up to some 2 % between runs, and a tie is not worth a generated kernel.
+MARGIN = 0.97
+
+# Largest |sparse - dense| over largest |dense|. Both sum in float32 in another order and round the
+# result once, and once more for each step of the epilogue: a few units of the dtype's last place.
+ERROR_BOUNDS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 2e-2,
+}
+
+# Verdicts on rows that vary must hold at `rows` and at this many times `rows`.
+ROWS_FACTOR = 4
+
+# Work of one timed call, in FLOP. Beyond it both times are proportional to the rows, so fewer rows
+# are run and the times scaled up.
+FLOPS_LIMIT = {"cpu": 10**9, "cuda": 10**12}
+ROWS_FLOOR = 32
+
+_PROTOCOL = "1"  # counts changes in how this module measures; older timings are then not read
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A kernel against dense: times in microseconds and how they were found.
+
+    how: "measured" or "modelled"; error: largest |sparse - dense| over largest |dense|; bound: what
+    sparse / dense stays below with 95 % confidence; both None if modelled. fault: why the kernel
+    must not be chosen at any speed, or "".
+    """
+
+    dense_us: float
+    sparse_us: float
+    how: str
+    error: float | None = None
+    bound: float | None = None
+    fault: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """sparse_us / dense_us; below 1 the kernel is faster."""
+        return self.sparse_us / self.dense_us
+
+    @property
+    def wins(self) -> bool:
+        """Whether the kernel is to be chosen: right, and faster than dense beyond noise."""
+        return not self.fault and max(self.ratio, self.bound or 0.0) < MARGIN
+
+    @property
+    def reason(self) -> str:
+        """Why it does not win, "" if it does; free of numbers, so that a report can count it."""
+        if self.wins:
+            return ""
+        slower = f"the sparse kernel is not faster than dense ({self.how})"
+        noisy = "the sparse kernel's gain over dense is within the noise (measured)"
+        return self.fault or (noisy if self.ratio < MARGIN else slower)
+
+
+def measure(
+    spec: LinearSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    lowering: Lowering,
+    *,
+    device: torch.device | str,
+    cache: Path,
+) -> Verdict:
+    """Times `lowering` against dense F.linear on `device`, in about a tenth of a second.
+
+    `weight` [out, in] and `bias` [out] are the dense layer that `lowering` replaces. Each question
+    (spec, kernel text, device, versions) is answered once for a `cache` folder; weights whose
+    densities agree to two digits share the answer. Raises KernelRunFailed.
+    """
+    device = torch.device(device)
+    key = _key(spec, lowering, device)
+    known = _known(cache)
+    name = json.dumps(key, sort_keys=True)
+    if name not in known:
+        verdict = _recalled(cache, key)
+        if verdict is None:
+            verdict = _measured(spec, weight, bias, lowering, device)
+            diskcache.remember(cache / "timings", key, asdict(verdict))
+        known[name] = verdict
+    return known[name]
+
+
+def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> Verdict:
+    """Predicts both times by the roofline of a device that need not be present.
+
+    `device_name` and `cache` as in `devices.named`. The kernel is taken to reach the roofline, so
+    the answer is what its format can gain at best.
+    """
+    device = devices.named(device_name, cache)
+    verdicts = (_modelled(spec, device, rows) for rows in _sizes(spec))
+    return max(verdicts, key=lambda verdict: verdict.ratio)
+
+
+def _modelled(spec: LinearSpec, device: devices.Device, rows: int) -> Verdict:
+    def microseconds(layout: str) -> float:
+        sizes = (spec.out_features, spec.in_features, rows, spec.n, spec.m)
+        return linear_cost(layout, *sizes, spec.density, spec.dtype).seconds(device) * 1e6
+
+    return Verdict(microseconds("dense"), microseconds(spec.layout), "modelled")
+
+
+def _sizes(spec: LinearSpec) -> tuple[int, ...]:
+    rows = max(1, spec.rows)
+    return (rows, ROWS_FACTOR * rows) if spec.rows_vary else (rows,)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A packed linear beside its dense self, on `rows` random rows of input."""
+
+    spec: LinearSpec
+    lowering: Lowering
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
+    extras: tuple[Tensor, ...]
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return F.linear(self.x, weight, self.bias)
+
+    def sparse(self, packed: tuple[Tensor, ...]) -> Tensor:
+        lowering = self.lowering
+        result: Tensor = lowering.op(self.x, *packed, self.bias, self.extras, lowering.handle)
+        return result
+
+
+def _measured(
+    spec: LinearSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    lowering: Lowering,
+    device: torch.device,
+) -> Verdict:
+    """The worst verdict over the probed numbers of rows; stops at the first that is lost."""
+    weight = weight.detach().to(device)
+    bias = None if bias is None else bias.detach().to(device)
+    worst: Verdict | None = None
+    for rows, scale in _probes(spec, device):
+        x, extras = _inputs(spec, rows, device)
+        verdict = _compare(_Case(spec, lowering, weight, bias, x, extras), device, scale)
+        if worst is not None:
+            error = max(worst.error or 0.0, verdict.error or 0.0)
+            slower = max(worst, verdict, key=lambda each: (bool(each.fault), each.bound or 0.0))
+            verdict = replace(slower, error=error)
+        worst = verdict
+        if not verdict.wins:
+            break
+    assert worst is not None  # _probes yields at least once
+    return worst
+
+
+def _probes(spec: LinearSpec, device: torch.device) -> Iterator[tuple[int, float]]:
+    """(rows to run, factor from their time to that of the rows asked for), distinct rows only."""
+    row = 2 * spec.out_features * spec.in_features
+    most = max(ROWS_FLOOR, FLOPS_LIMIT[device.type] // max(1, row))
+    seen: set[int] = set()
+    for asked in _sizes(spec):
+        rows = min(asked, most)
+        if rows not in seen:
+            seen.add(rows)
+            yield rows, asked / rows
+
+
+def _inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    generator = torch.Generator(device).manual_seed(_SEED)  # the global generator is the user's
+    steps = epilogue.parse(spec.epilogue)
+    operands = [int(step.operand or 0) for step in steps if step.op in epilogue.BINARY]
+
+    def random(features: int) -> Tensor:
+        shape = (rows, features)
+        return torch.randn(shape, generator=generator, device=device, dtype=spec.dtype)
+
+    extras = tuple(random(spec.out_features) for _ in range(1 + max(operands, default=-1)))
+    return random(spec.in_features), extras
+
+
+@torch.no_grad()
+def _compare(case: _Case, device: torch.device, scale: float) -> Verdict:
+    error, fault = _check(case)
+    tensors = (case.weight, *case.lowering.packed)
+    took = timing.paired(
+        lambda copy: case.dense(copy[0]), lambda copy: case.sparse(copy[1:]), tensors, device
+    )
+    times = took.first_us * scale, took.second_us * scale
+    return Verdict(*times, "measured", error, took.bound, fault)
+
+
+def _check(case: _Case) -> tuple[float | None, str]:
+    """The error of the kernel against dense with the epilogue, and its fault or ""."""
+    expected = epilogue.apply(case.dense(case.weight), case.spec.epilogue, case.extras)
+    try:
+        result = case.sparse(case.lowering.packed)
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+    except Exception as cause:  # a generated kernel may fail in any way; the model must still run
+        rule = f"{type(cause).__name__}: {cause}"
+        raise KernelRunFailed(kernel=case.lowering.handle, rule=rule) from cause
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return None, "the sparse kernel returns another shape or dtype than dense"
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    expected, result = expected.to(wide), result.to(wide)
+    size = float(expected.abs().max()) if expected.numel() else 0.0
+    gap = float((result - expected).abs().max()) if expected.numel() else 0.0
+    error = gap / size if size else gap
+    if not error < float("inf"):  # NaN included
+        return None, "the sparse kernel or dense gives NaN or infinity on random input"
+    bound = ERROR_BOUNDS.get(case.spec.dtype, ERROR_BOUNDS[torch.bfloat16])
+    return error, "" if error <= bound else "the sparse kernel computes wrong numbers"
+
+
+def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str, str]:
+    """All that a timing depends on; also what a person reads in the cache file."""
+    return {
+        "spec": repr(replace(spec, density=round(spec.density, 2))),
+        "op": str(lowering.op),
+        "handle": lowering.handle,
+        "kernel": lowering.text,
+        "device": device_key(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": str(torch.__version__),
+        "triton": _triton_version(),
+        "protocol": _PROTOCOL,
+    }
+
+
+@functools.cache
+def _triton_version() -> str:
+    return version("triton") if importlib.util.find_spec("triton") else ""
+
+
+@functools.cache
+def _known(cache: Path) -> dict[str, Verdict]:
+    """The verdicts this process has seen, one dict a cache folder: a memo, never an input."""
+    return {}
+
+
+def _recalled(cache: Path, key: dict[str, str]) -> Verdict | None:
+    found = diskcache.recall(cache / "timings", key)
+    if found is None:
+        return None
+    numbers = (diskcache.number(found.get(name)) for name in ("dense_us", "sparse_us", "bound"))
+    dense, sparse, bound = numbers
+    fault = found.get("fault")
+    if not dense or not sparse or not bound or not isinstance(fault, str):
+        return None
+    return Verdict(dense, sparse, "measured", diskcache.number(found.get("error")), bound, fault)

@@ -1,0 +1,129 @@
+"""What a report is made of: one Row a candidate node, and the Totals over rows."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+HOW = ("measured", "modelled", "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one candidate node (a linear, a convolution or an attention).
+
+    name: module path, e.g. "model.layers.0.mlp.up_proj"; op: "linear", "conv", "attention", "experts";
+    graph: which captured graph of the model it is in, counted from 0; shape: e.g. "1536x576 @ 128"
+    (out x in @ rows of the input, "128.." where rows vary between calls);
+    pattern: the sparsity found, e.g. "2:4", "unstructured 50%", "dense";
+    kernel: the chosen kernel, "" where it stayed dense; times in microseconds, NaN-free, None where
+    not taken; how: "measured", "modelled" or ""; error: largest |sparse - dense| over largest
+    |dense| on the guard's inputs; reason: why the node stayed dense ("" only if a kernel is there).
+    bytes: dense and stored bytes of the weight.
+    """
+
+    name: str
+    op: str
+    graph: int = 0
+    shape: str = ""
+    pattern: str = "dense"
+    kernel: str = ""
+    dense_us: float | None = None
+    sparse_us: float | None = None
+    how: str = ""
+    error: float | None = None
+    reason: str = ""
+    dense_bytes: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def speedup(self) -> float | None:
+        """dense_us / sparse_us, or None where a time is missing."""
+        if self.dense_us is None or not self.sparse_us:
+            return None
+        return self.dense_us / self.sparse_us
+
+    @property
+    def chosen_us(self) -> float | None:
+        """The time of what runs now: sparse_us under a kernel, else dense_us."""
+        return self.sparse_us if self.kernel else self.dense_us
+
+    def violations(self) -> list[str]:
+        """What breaks the promise "a kernel with two times, or a reason"; empty if nothing does."""
+        numbers = {"dense_us": self.dense_us, "sparse_us": self.sparse_us, "error": self.error}
+        found = [
+            f"{field} is {value}"
+            for field, value in numbers.items()
+            if value is not None and not (math.isfinite(value) and value >= 0)
+        ]
+        if self.kernel and None in (self.dense_us, self.sparse_us) and not self.reason:
+            found.append(f"kernel {self.kernel} has neither two times nor a reason")
+        if not self.kernel and not self.reason:
+            found.append("it stayed dense without a reason")
+        if self.how not in HOW:
+            found.append(f"how is {self.how!r}")
+        if self.sparse_us is not None and not self.how:
+            found.append("it has a time and does not say how it was found")
+        if min(self.dense_bytes, self.stored_bytes) < 0:
+            found.append("a number of bytes is negative")
+        return [f"{self.name} (graph {self.graph}): {text}" for text in found]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over rows.
+
+    kernels and reasons: how many nodes have each, most frequent first; dense_us and chosen_us: time
+    of the `timed` nodes before and now, in microseconds; dense_bytes and stored_bytes: weights.
+    """
+
+    candidates: int
+    lowered: int
+    kernels: tuple[tuple[str, int], ...]
+    reasons: tuple[tuple[str, int], ...]
+    how: tuple[tuple[str, int], ...]
+    timed: int
+    dense_us: float
+    chosen_us: float
+    dense_bytes: int
+    stored_bytes: int
+    error: float | None
+
+    @property
+    def declined(self) -> int:
+        """Nodes that stayed dense."""
+        return self.candidates - self.lowered
+
+    @property
+    def speedup(self) -> float | None:
+        """dense_us / chosen_us, or None where nothing was timed."""
+        return self.dense_us / self.chosen_us if self.chosen_us else None
+
+
+def total(rows: Sequence[Row]) -> Totals:
+    """The sums over `rows`."""
+    lowered = [row for row in rows if row.kernel]
+    timed = [row for row in rows if row.dense_us is not None and row.chosen_us is not None]
+    errors = [row.error for row in lowered if row.error is not None]
+    return Totals(
+        candidates=len(rows),
+        lowered=len(lowered),
+        kernels=_counts(row.kernel for row in lowered),
+        reasons=_counts(row.reason for row in rows if not row.kernel),
+        how=_counts(row.how for row in timed if row.how),
+        timed=len(timed),
+        dense_us=sum(row.dense_us or 0.0 for row in timed),
+        chosen_us=sum(row.chosen_us or 0.0 for row in timed),
+        dense_bytes=sum(row.dense_bytes for row in rows),
+        stored_bytes=sum(stored_bytes(row) for row in rows),
+        error=max(errors, default=None),
+    )
+
+
+def stored_bytes(row: Row) -> int:
+    """Bytes that the weight takes now; a row that does not say so keeps its dense bytes."""
+    return row.stored_bytes or row.dense_bytes
+
+
+def _counts(words: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    return tuple(Counter(words).most_common())

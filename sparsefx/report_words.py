@@ -1,0 +1,58 @@
+"""How a report writes numbers, the same in text and HTML."""
+
+from sparsefx.report_rows import Totals
+
+
+def microseconds(value: float | None) -> str:
+    """A time to three digits, without unit: 0.123, 12.3, 1234; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(value: float) -> str:
+    """A time in microseconds with its unit: "12.3 us", "4.56 ms", "7.89 s"."""
+    for size, unit in ((1e6, "s"), (1e3, "ms")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} us"
+
+
+def times(value: float | None) -> str:
+    """A ratio: "1.25x"; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}x" if value >= 100 else f"{value:.2f}x"
+
+
+def error(value: float | None) -> str:
+    """A relative error: "0", "1.2e-07"; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.1e}" if value else "0"
+
+
+def size(value: int) -> str:
+    """A number of bytes: "512 B", "1.50 MB" (10^6 bytes)."""
+    for unit_size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if value >= unit_size:
+            return f"{value / unit_size:.3g} {unit}"
+    return f"{value} B"
+
+
+def percent(part: int, whole: int) -> str:
+    """`part` of `whole`: "56%"; "" where there is no whole."""
+    return f"{part / whole:.0%}" if whole else ""
+
+
+def source(totals: Totals) -> str:
+    """Where the times come from: "180 measured, 30 modelled, 10 without times"."""
+    parts = [f"{count} {how}" for how, count in totals.how]
+    missing = totals.candidates - totals.timed
+    return ", ".join([*parts, f"{missing} without times"] if missing else parts)
+
+
+def printable(text: str) -> str:
+    """`text` on one line without control characters: a module's name cannot drive a terminal."""
+    line = (" " if letter.isspace() else letter for letter in text)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in line)

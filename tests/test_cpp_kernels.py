@@ -1,0 +1,328 @@
+"""Generated C++ kernels against the meaning of the dialect ops in float64."""
+
+import itertools
+import zlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsefx import ops
+from sparsefx.codegen.cpp import TARGET_KERNELS, CppLinear, isa
+from sparsefx.epilogue import Step, parse
+from sparsefx.errors import DtypeMismatch, KernelNotFound, ShapeMismatch, UnknownOption
+from sparsefx.formats import pack_bitmap, pack_nm
+from sparsefx.spec import NM
+from sparsefx.target import LinearSpec, Lowering
+
+# ISA names that this machine can run; every machine can run the portable one.
+ISAS = [each.name for each in isa.ISAS if each.present()]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = [(2, 4), (1, 4), (4, 8), (2, 8), (3, 16)]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+EPILOGUES = [
+    "",
+    "relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "scale -0.5",
+    "add 0",
+    "mul 0",
+    "silu;mul 0;scale 1e-05;add 1",
+]
+
+
+class Case:
+    """A random packed linear, its lowering and its meaning in float64."""
+
+    def __init__(
+        self,
+        pattern: tuple[int, int] | float,
+        dtype: torch.dtype,
+        out: int,
+        width: int,
+        isa_name: str | None,
+        bias: bool = False,
+        epilogue: str = "",
+    ) -> None:
+        self.name = f"{pattern} {dtype} {out}x{width} {isa_name} bias={bias} {epilogue!r}"
+        self.seed = zlib.crc32(self.name.encode())
+        self.random = torch.Generator().manual_seed(self.seed)
+        self.dtype, self.out, self.width, self.epilogue = dtype, out, width, epilogue
+        weight = self.tensor(out, width)
+        if isinstance(pattern, tuple):
+            self.layout, (self.n, self.m) = "nm", pattern
+            weight = weight * NM(*pattern).keep(weight.abs())
+            self.packed: tuple[Tensor, ...] = pack_nm(weight, *pattern)
+        else:
+            self.layout, self.n, self.m = "bitmap", 0, 0
+            keep = torch.rand(out, width, generator=self.random) >= pattern
+            keep[1 % out] = False  # an empty row
+            weight = weight * keep
+            self.packed = pack_bitmap(weight)
+        self.weight = weight
+        self.bias = self.tensor(out) if bias else None
+        self.kernel = CppLinear(self.layout, isa_name)
+        self.lowering = self.lower()
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(self.dtype)
+
+    def spec(self) -> LinearSpec:
+        bias = self.bias is not None
+        return LinearSpec(
+            self.layout, self.out, self.width, self.n, self.m, 0.5, self.dtype, bias,
+            self.epilogue, rows=1, rows_vary=True,
+        )  # fmt: skip
+
+    def lower(self) -> Lowering:
+        spec = self.spec()
+        assert self.kernel.accepts(spec) is None, self
+        return self.kernel.lower(spec, self.packed)
+
+    def extras(self, *leading: int) -> list[Tensor]:
+        binary = [step for step in parse(self.epilogue) if step.op in ("add", "mul")]
+        count = max((int(step.operand or 0) + 1 for step in binary), default=0)
+        return [self.tensor(*leading, self.out) for _ in range(count)]
+
+    def run(self, x: Tensor, extras: list[Tensor]) -> Tensor:
+        low = self.lowering
+        return low.op(x, *low.packed, self.bias, extras, low.handle)
+
+    def meaning(self, x: Tensor, extras: list[Tensor]) -> Tensor:
+        bias = None if self.bias is None else self.bias.double()
+        wide = [extra.double() for extra in extras]
+        values, *rest = self.packed
+        packed = (values.double(), *rest)
+        if self.layout == "nm":
+            return ops.nm_linear(x.double(), *packed, bias, self.n, self.m, self.epilogue, wide)
+        return ops.bitmap_linear(x.double(), *packed, bias, self.epilogue, wide)
+
+    def check(self, x: Tensor, extras: list[Tensor] | None = None) -> None:
+        extras = self.extras(*x.shape[:-1]) if extras is None else extras
+        got, want = self.run(x, extras), self.meaning(x, extras)
+        assert got.shape == want.shape and got.dtype == self.dtype, self
+        assert got.is_contiguous(), self
+        if want.numel():
+            terms = x.double().abs() @ self.weight.double().abs().t()  # what may have cancelled
+            bound = ROUNDING[self.dtype] * want.abs().max() + 1e-6 * terms.max()
+            error = (got.double() - want).abs().max()
+            assert error <= bound, f"{self} x={tuple(x.shape)}: {error:.2e} > {bound:.2e}"
+
+    def __str__(self) -> str:
+        return f"[{self.name} seed={self.seed}]"
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS, 0.5, 0.9], ids=str)
+def test_every_row_count_and_odd_size(
+    pattern: tuple[int, int] | float, dtype: torch.dtype, isa_name: str
+) -> None:
+    unit = pattern[1] if isinstance(pattern, tuple) else 1
+    widths = {unit, -(-100 // unit) * unit, 96} | ({7, 8, 17, 35} if unit == 1 else {unit * 3})
+    for out, width in itertools.product((1, 4, 7), sorted(widths)):
+        case = Case(pattern, dtype, out, width, isa_name)
+        for rows in (0, 1, 3, 8, 33):
+            case.check(case.tensor(rows, width))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_every_epilogue(epilogue: str, bias: bool) -> None:
+    case = Case((2, 4), torch.float32, 6, 64, "portable", bias, epilogue)
+    case.check(case.tensor(5, 64))
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", [(4, 8), 0.5], ids=str)
+def test_a_long_epilogue_everywhere(
+    pattern: tuple[int, int] | float, dtype: torch.dtype, isa_name: str
+) -> None:
+    case = Case(pattern, dtype, 6, 64, isa_name, True, EPILOGUES[-1])
+    case.check(case.tensor(5, 64))
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("pattern", [(2, 4), 0.5], ids=str)
+def test_more_rows_than_are_staged_at_once(
+    pattern: tuple[int, int] | float, isa_name: str
+) -> None:
+    case = Case(pattern, torch.float32, 9, 48, isa_name, epilogue="add 0")
+    case.check(case.tensor(151, 48))
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_without_any_value(dtype: torch.dtype, isa_name: str) -> None:
+    case = Case(1.0, dtype, 5, 40, isa_name, bias=True)
+    assert case.packed[0].numel() == 0
+    case.check(case.tensor(3, 40))
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_survives_the_way_through_float32(
+    dtype: torch.dtype, isa_name: str
+) -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    spec = LinearSpec("nm", 1, 4, 2, 4, 0.25, dtype, False, "add 0", 1, True)
+    low = CppLinear("nm", isa_name).lower(spec, pack_nm(weight, 2, 4))
+    zeros = torch.zeros(65536, 4, dtype=dtype)
+    got = low.op(zeros, *low.packed, None, [every[:, None]], low.handle)[:, 0]
+    torch.testing.assert_close(got, every + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_to_the_nearest_even_as_torch_does(dtype: torch.dtype, isa_name: str) -> None:
+    random = torch.Generator().manual_seed(11)
+    x = torch.randn(4096, generator=random).mul(10 ** torch.linspace(-9, 6, 4096)).to(dtype)
+    weight = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    spec = LinearSpec("nm", 1, 4, 2, 4, 0.25, dtype, False, "scale 0.3", 1, True)
+    low = CppLinear("nm", isa_name).lower(spec, pack_nm(weight, 2, 4))
+    padded = torch.nn.functional.pad(x[:, None], (0, 3))
+    got = low.op(padded, *low.packed, None, [], low.handle)[:, 0]
+    torch.testing.assert_close(got, (x.float() * 0.3).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+def test_nan_and_infinity_in_x_come_out(isa_name: str) -> None:
+    case = Case((2, 4), torch.float32, 4, 32, isa_name, epilogue="relu")
+    x = case.tensor(3, 32)
+    x[1] = float("nan")
+    got = case.run(x, [])
+    assert got[1].isnan().all(), case
+    torch.testing.assert_close(got[[0, 2]].double(), case.meaning(x, [])[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), 0.5], ids=str)
+def test_any_rank_and_strides(pattern: tuple[int, int] | float) -> None:
+    case = Case(pattern, torch.float32, 7, 32, None, bias=True, epilogue="mul 0;add 1")
+    case.check(case.tensor(32))
+    case.check(case.tensor(2, 3, 32))
+    case.check(case.tensor(2, 0, 32))
+    case.check(case.tensor(32, 5).t())
+    case.check(case.tensor(5, 64)[:, ::2])
+    case.check(case.tensor(1, 32).expand(4, 32))
+    expanded, strided = case.tensor(1, 7).expand(6, 7), case.tensor(7, 6).t()
+    case.check(case.tensor(6, 32), [expanded, strided])
+    case.bias = case.tensor(1).expand(7)
+    case.check(case.tensor(6, 32))
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    case = Case(0.5, torch.float32, 130, 512, None)
+    x = case.tensor(5, 512)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = case.run(x, [])
+        torch.set_num_threads(2)
+        two = case.run(x, [])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two), case
+
+
+def test_weights_changed_in_place_are_used() -> None:
+    case = Case((2, 4), torch.float32, 4, 32, None)
+    x = case.tensor(2, 32)
+    before = case.run(x, [])
+    case.lowering.packed[0].mul_(2)
+    assert torch.equal(case.run(x, []), before * 2)
+
+
+def test_refuses_what_would_read_out_of_bounds() -> None:
+    case = Case((2, 4), torch.float32, 4, 32, None)
+    low, x = case.lowering, case.tensor(2, 32)
+    values, bits = low.packed
+    with pytest.raises(DtypeMismatch, match=r"x is torch.float16.*torch.float32"):
+        low.op(x.half(), values, bits, None, [], low.handle)
+    with pytest.raises(DtypeMismatch, match="values is torch.bfloat16"):
+        low.op(x, values.bfloat16(), bits, None, [], low.handle)
+    with pytest.raises(ShapeMismatch, match="values has shape"):
+        low.op(case.tensor(2, 64), values, bits, None, [], low.handle)
+    with pytest.raises(ShapeMismatch, match="bias=False and 0 extras"):
+        low.op(x, values, bits, case.tensor(4), [], low.handle)
+    with pytest.raises(ShapeMismatch, match="bias=False and 0 extras"):
+        low.op(x, values, bits, None, [x], low.handle)
+    with pytest.raises(KernelNotFound, match="no_such_kernel"):
+        low.op(x, values, bits, None, [], "no_such_kernel")
+    with pytest.raises(KernelNotFound):
+        low.op(x, values, bits, None, [], "../../lib/libc")
+
+
+def test_refuses_a_bitmap_of_another_size() -> None:
+    case = Case(0.5, torch.float32, 4, 32, None, bias=True)
+    low, x = case.lowering, case.tensor(2, 32)
+    values, bits, row_ptr = low.packed
+    with pytest.raises(ShapeMismatch, match="bytes of index or bits"):
+        low.op(case.tensor(2, 48), values, bits, row_ptr, case.bias, [], low.handle)
+    with pytest.raises(ShapeMismatch, match="row_ptr has shape"):
+        low.op(x, values, bits, row_ptr[:-1], case.bias, [], low.handle)
+    with pytest.raises(ShapeMismatch, match="bias has shape"):
+        low.op(x, values, bits, row_ptr, case.tensor(3), [], low.handle)
+    with pytest.raises(DtypeMismatch, match="bias is torch.float64"):
+        low.op(x, values, bits, row_ptr, torch.zeros(4).double(), [], low.handle)
+
+
+def test_accepts_or_says_why() -> None:
+    nm, bitmap = TARGET_KERNELS
+    assert (nm.name, bitmap.name) == ("cpp_nm_linear", "cpp_bitmap_linear")
+    spec = Case((2, 4), torch.float32, 4, 32, None).spec()
+    assert nm.accepts(spec) is None
+    assert "reads the bitmap layout" in str(bitmap.accepts(spec))
+    wide = LinearSpec("nm", 4, 32, 2, 4, 0.5, torch.float64, False, "", 1, True)
+    assert "float64 is not one of" in str(nm.accepts(wide))
+    odd = LinearSpec("nm", 4, 30, 2, 4, 0.5, torch.float32, False, "", 1, True)
+    assert "does not divide 30" in str(nm.accepts(odd))
+    with pytest.raises(UnknownOption, match="portable"):
+        CppLinear("nm", "sse9").accepts(spec)
+
+
+def test_declines_an_instruction_set_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Case((2, 4), torch.float32, 4, 32, None).spec()
+    monkeypatch.setattr(isa, "_cpu_flags", lambda: frozenset())
+    assert isa.best() is isa.PORTABLE
+    assert CppLinear("nm", "avx512").accepts(spec) == "this CPU has no avx512"
+    assert CppLinear("nm").accepts(spec) is None
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), 0.5], ids=str)
+def test_opaque_in_compiled_and_exported_graphs(pattern: tuple[int, int] | float) -> None:
+    case = Case(pattern, torch.float32, 6, 32, None, bias=True, epilogue="silu;mul 0")
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return case.run(x + 1, [gate]) * 2
+
+    x, gate = case.tensor(3, 32), case.tensor(3, 6)
+    want = case.meaning(x + 1, [gate]) * 2
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(Net(), (x, gate), dynamic_shapes=({0: rows}, {0: rows}))
+    assert str(case.lowering.op) in [str(node.target) for node in exported.graph.nodes]
+    compiled = torch.compile(Net(), fullgraph=True, dynamic=True)
+    for module in (exported.module(), compiled):
+        torch.testing.assert_close(module(x, gate).double(), want, rtol=1e-5, atol=1e-5)
+        more, gates = case.tensor(5, 32), case.tensor(5, 6)
+        again = case.meaning(more + 1, [gates]) * 2
+        torch.testing.assert_close(module(more, gates).double(), again, rtol=1e-5, atol=1e-5)
+
+
+def test_fake_result_is_exact() -> None:
+    case = Case((2, 4), torch.bfloat16, 6, 32, None)
+    low = case.lowering
+    for x in (case.tensor(32), case.tensor(3, 32), case.tensor(32, 3).t()):
+        torch.library.opcheck(low.op, (x, *low.packed, None, [], low.handle))
+
+
+def test_epilogue_steps_are_all_covered() -> None:
+    from sparsefx.epilogue import ACTIVATIONS, BINARY
+
+    covered = {step.op for text in EPILOGUES for step in parse(text)}
+    assert covered == {*ACTIVATIONS, *BINARY, "scale"}
+    assert Step("scale", 1e-05) in parse(EPILOGUES[-1])

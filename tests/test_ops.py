@@ -1,0 +1,173 @@
+"""Every operator of the dialect means what plain PyTorch in float64 says, traced or not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefx import ops
+from sparsefx.formats import pack_bitmap, pack_nm
+from sparsefx.spec import NM
+
+sparsefx_ops = torch.ops.sparsefx
+
+EPILOGUES = ["", "relu", "silu", "gelu", "gelu_tanh", "scale 0.5;add 0", "mul 1;gelu;add 0"]
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def two_four(out: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    weight = draw(out, width, seed=1, dtype=dtype)
+    return weight.masked_fill(~NM(2, 4).keep(weight.abs()), 0)
+
+
+def by_hand(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, extras: list[Tensor]
+) -> Tensor:
+    """The expected result, written out step by step without the product's epilogue module."""
+    acc = x @ weight.t() + (0 if bias is None else bias)
+    table: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": lambda v: v.clamp(min=0),
+        "silu": lambda v: v * torch.sigmoid(v),
+        "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / 2**0.5)),
+        "gelu_tanh": lambda v: (
+            0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3)))
+        ),
+        "scale 0.5": lambda v: v / 2,
+        "add 0": lambda v: v + extras[0],
+        "mul 1": lambda v: v * extras[1],
+    }
+    for step in filter(None, epilogue.split(";")):
+        acc = table[step](acc)
+    return acc
+
+
+def packed_call(
+    layout: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    extras: list[Tensor],
+) -> Tensor:
+    if layout == "nm":
+        values, index = pack_nm(weight, 2, 4)
+        return sparsefx_ops.nm_linear(x, values, index, bias, 2, 4, epilogue, extras)
+    return sparsefx_ops.bitmap_linear(x, *pack_bitmap(weight), bias, epilogue, extras)
+
+
+def test_mask_zeroes_and_masks_the_gradient() -> None:
+    weight = draw(4, 8).requires_grad_()
+    keep = draw(4, 8, seed=2) > 0
+    out = sparsefx_ops.mask(weight, keep)
+    assert torch.equal(out, weight * keep)
+    upstream = draw(4, 8, seed=3)
+    out.backward(upstream)
+    assert torch.equal(weight.grad, upstream * keep)
+
+
+def test_mask_drops_nan_and_infinity() -> None:
+    weight = torch.tensor([float("nan"), float("inf"), 1.0])
+    out = sparsefx_ops.mask(weight, torch.tensor([False, False, True]))
+    assert out.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_mask_gradient_by_finite_differences() -> None:
+    keep = draw(3, 4, seed=2) > 0
+    weight = draw(3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: sparsefx_ops.mask(w, keep), (weight,))
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
+def test_packed_linears_in_float64(
+    layout: str, epilogue: str, with_bias: bool, leading: tuple[int, ...]
+) -> None:
+    x, weight = draw(*leading, 16), two_four(8, 16)
+    bias = draw(8, seed=4) if with_bias else None
+    extras = [draw(*leading, 8, seed=5), draw(*leading, 8, seed=6)]
+    out = packed_call(layout, x, weight, bias, epilogue, extras)
+    torch.testing.assert_close(
+        out, by_hand(x, weight, bias, epilogue, extras), rtol=1e-12, atol=1e-12
+    )
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_linears_equal_the_dense_linear_in_each_dtype(
+    layout: str, dtype: torch.dtype
+) -> None:
+    weight = two_four(8, 16, torch.float32).to(dtype)
+    x = draw(32, 3, seed=7, dtype=torch.float32).to(dtype).t()[:, :16]  # not contiguous
+    bias = draw(8, seed=4, dtype=torch.float32).to(dtype)
+    out = packed_call(layout, x, weight, bias, "relu", [])
+    assert out.dtype == dtype
+    assert torch.equal(out, F.linear(x, weight, bias).relu())
+
+
+def every_op() -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:
+    x, weight, bias = draw(2, 3, 16), two_four(8, 16), draw(8, seed=4)
+    extra = draw(2, 3, 8, seed=5)
+    nm, bitmap = pack_nm(weight, 2, 4), pack_bitmap(weight)
+    return [
+        (sparsefx_ops.mask.default, (weight.clone().requires_grad_(), weight != 0)),
+        (sparsefx_ops.nm_linear.default, (x, *nm, bias, 2, 4, "relu;add 0", [extra])),
+        (sparsefx_ops.nm_linear.default, (x, *nm, None, 2, 4, "", [])),
+        (sparsefx_ops.bitmap_linear.default, (x, *bitmap, bias, "mul 0", [extra])),
+        (sparsefx_ops.bitmap_linear.default, (x.transpose(0, 1), *bitmap, None, "", [])),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_schema_fake_and_autograd_registrations(case: int) -> None:
+    op, args = every_op()[case]
+    torch.library.opcheck(op, args)
+
+
+def test_the_stage_tables_name_every_op() -> None:
+    tested = {op for op, _ in every_op()}
+    assert tested == ops.MASKED_OPS | ops.PACKED_OPS
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+def test_under_torch_compile_in_one_graph_with_dynamic_rows(layout: str) -> None:
+    weight, bias = two_four(8, 16), draw(8, seed=4)
+    nm, bitmap = pack_nm(weight, 2, 4), pack_bitmap(weight)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(gm)
+        return gm.forward
+
+    def layer(x: Tensor) -> Tensor:
+        if layout == "nm":
+            return sparsefx_ops.nm_linear(x, *nm, bias, 2, 4, "silu", []) * 2
+        return sparsefx_ops.bitmap_linear(x, *bitmap, bias, "silu", []) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (3, 5, 9):
+        x = draw(rows, 16)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1
+
+
+def test_mask_trains_under_torch_compile() -> None:
+    keep = draw(8, 16, seed=2) > 0
+    x = draw(4, 16)
+    gradients = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)):
+        torch._dynamo.reset()
+        weight = draw(8, 16, seed=1).requires_grad_()
+        wrap(lambda w: F.linear(x, sparsefx_ops.mask(w, keep)).square().sum())(weight).backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert not gradients[0][~keep].any()
+    assert gradients[0][keep].any()

@@ -1,0 +1,171 @@
+"""Patterns keep exact counts, break ties by index, and travel through TOML."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsefx.errors import InvalidPattern, InvalidRecipe
+from sparsefx.spec import NM, Block, Magnitude, Pattern, Recipe, Unstructured
+
+PATTERNS = st.one_of(
+    st.builds(Unstructured, st.floats(0, 1, exclude_max=True)),
+    st.sampled_from([4, 8, 16]).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m))),
+    st.builds(Block, st.integers(1, 128), st.integers(1, 128), st.floats(0, 1, exclude_max=True)),
+)
+
+
+def scores(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.999])
+def test_unstructured_drops_exactly_its_share_and_the_lowest(sparsity: float) -> None:
+    given_scores = scores(7, 13)
+    keep = Unstructured(sparsity).keep(given_scores)
+    drop = int(sparsity * 91)
+    assert int((~keep).sum()) == drop
+    if drop:
+        assert given_scores[~keep].max() < given_scores[keep].min()
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (4, 8, 16) for n in range(1, m)])
+def test_nm_keeps_the_n_highest_of_every_group(n: int, m: int) -> None:
+    given_scores = scores(5, 3 * m)
+    keep = NM(n, m).keep(given_scores).view(-1, m)
+    groups = given_scores.view(-1, m)
+    assert (keep.sum(1) == n).all()
+    assert (groups.masked_fill(keep, -1).amax(1) < groups.masked_fill(~keep, 2).amin(1)).all()
+
+
+def test_block_keeps_or_drops_whole_tiles_of_highest_sum() -> None:
+    given_scores = scores(8, 12)
+    keep = Block(4, 3, 0.5).keep(given_scores)
+    tiles = keep.view(2, 4, 4, 3).permute(0, 2, 1, 3).reshape(8, 12)
+    sums = given_scores.view(2, 4, 4, 3).sum((1, 3)).flatten()
+    assert (tiles.all(1) | (~tiles).all(1)).all()
+    assert int(tiles[:, 0].sum()) == 4
+    assert sums[~tiles[:, 0]].max() < sums[tiles[:, 0]].min()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (NM(2, 4), [1, 1, 0, 0] * 2),
+        (NM(1, 8), [1] + [0] * 7),
+        (Unstructured(0.25), [1] * 6 + [0] * 2),
+        (Block(1, 2, 0.5), [1] * 4 + [0] * 4),
+    ],
+)
+def test_ties_go_to_the_lower_index(pattern: Pattern, expected: list[int]) -> None:
+    for tied in (torch.zeros(1, 8), torch.ones(1, 8)):
+        assert pattern.keep(tied).int().flatten().tolist() == expected
+
+
+def test_keep_does_not_depend_on_memory_layout() -> None:
+    given_scores = scores(16, 32)
+    transposed = given_scores.t().contiguous().t()
+    for pattern in (NM(2, 4), Unstructured(0.3), Block(4, 8, 0.4)):
+        assert torch.equal(pattern.keep(given_scores), pattern.keep(transposed))
+
+
+def test_misfits_name_the_numbers() -> None:
+    assert NM(2, 4).misfit(torch.Size((3, 8))) is None
+    assert "10 input features" in str(NM(2, 4).misfit(torch.Size((3, 10))))
+    assert Block(4, 4, 0.5).misfit(torch.Size((8, 4))) is None
+    assert "6 x 4" in str(Block(4, 4, 0.5).misfit(torch.Size((6, 4))))
+    assert Unstructured(0.5).misfit(torch.Size((1, 1))) is None
+
+
+def test_texts_and_sparsity() -> None:
+    texts = [str(pattern) for pattern in (NM(2, 4), Unstructured(0.5), Block(32, 16, 0.25))]
+    assert texts == ["2:4", "unstructured 50%", "block 32x16 25%"]
+    assert NM(1, 4).sparsity == 0.75  # N is what is kept
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NM(4, 4),
+        lambda: NM(0, 4),
+        lambda: NM(-1, 4),
+        lambda: Unstructured(1.0),
+        lambda: Unstructured(50),
+        lambda: Unstructured(float("nan")),
+        lambda: Block(0, 4, 0.5),
+        lambda: Block(4, 4, -0.1),
+    ],
+)
+def test_senseless_patterns_are_refused(make: object) -> None:
+    with pytest.raises(InvalidPattern, match="is not a sparsity pattern"):
+        make()  # type: ignore[operator]  # a lambda of the list above
+
+
+def test_magnitude_scores_are_float32_absolute_values() -> None:
+    found = Magnitude().scores(torch.tensor([[-2.0, 0.5]], dtype=torch.bfloat16))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[2.0, 0.5]]
+
+
+def test_first_match_wins_and_none_is_dense() -> None:
+    recipe = Recipe({"*.head.*": None, "*.mlp.*": NM(2, 4), "*": Unstructured(0.5)})
+    assert recipe.pattern_for("a.head.weight") is None
+    assert recipe.pattern_for("a.mlp.weight") == NM(2, 4)
+    assert recipe.pattern_for("b.weight") == Unstructured(0.5)
+    assert Recipe().pattern_for("b.weight") is None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(weights=st.dictionaries(st.text(max_size=12), st.none() | PATTERNS, max_size=5))
+def test_recipe_round_trips_through_toml(
+    tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Pattern | None]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
+    Recipe(weights).to_toml(path)
+    assert list(Recipe.from_toml(path).weights.items()) == list(weights.items())
+
+
+ENTRY = '[[weights]]\nmatch = "*"\npattern = '
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("weights = [", "not TOML"),
+        ("a = " + "9" * 5000, "not TOML"),
+        ("a = " + "[" * 20000, "not TOML"),
+        ("speed = 1", "unknown section 'speed'"),
+        ("weights = 3", "array of tables"),
+        ("weights = [3]", "needs match"),
+        ("[[weights]]\npattern = 'nm'", "needs match"),
+        (ENTRY + '"cube"', "'cube' is not one of"),
+        (ENTRY + "[]", "is not one of"),
+        (ENTRY + '"nm"\nn = 2', "takes the numbers n, m"),
+        (ENTRY + '"nm"\nn = 2.5\nm = 4', "takes the numbers n, m"),
+        (ENTRY + '"nm"\nn = 2\nm = inf', "takes the numbers n, m"),
+        (ENTRY + '"nm"\nn = true\nm = 4', "takes the numbers n, m"),
+        (ENTRY + '"nm"\nn = 2\nm = 4\nk = 1', "takes the numbers n, m"),
+        (ENTRY + '"unstructured"\nsparsity = "half"', "takes the numbers sparsity"),
+        (ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = "luck"', "criterion 'luck'"),
+        (ENTRY + '"dense"\n' + ENTRY + '"dense"', "same match"),
+    ],
+)
+def test_unreadable_recipes_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidRecipe, match="Recipe.to_toml shows the form") as caught:
+        Recipe.from_toml(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_binary_files_and_senseless_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRecipe):
+        Recipe.from_toml(path)
+    path.write_text(ENTRY + '"nm"\nn = 5\nm = 4')
+    with pytest.raises(InvalidPattern):
+        Recipe.from_toml(path)
