@@ -33,7 +33,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     rows = (1, 8, 64)
-    print(f"torch {torch.__version__}, {options.threads} threads, {best().name}; dense / sparse time")
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {best().name}; dense / sparse time"
+    )
     print(f"{'out x in':12}{'dtype':10}{'pattern':18}" + "".join(f"{f'M={m}':>24}" for m in rows))
     shapes = [shape for shape in SHAPES if options.shape in ("", f"{shape[0]}x{shape[1]}")]
     for shape, dtype in product(shapes, (torch.float32, torch.bfloat16)):

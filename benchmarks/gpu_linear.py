@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -103,7 +104,11 @@ def microseconds(
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / len(copies))
-    return statistics.median(times)
+    return float(statistics.median(times))
+
+
+def _dense(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    return F.linear(x, weights[0])
 
 
 def table(device: str, dtype: torch.dtype) -> bool:
@@ -117,14 +122,14 @@ def table(device: str, dtype: torch.dtype) -> bool:
         weight = torch.randn(out, width, generator=generator).to(device, dtype)
         for rows in GPU_ROWS if on_gpu else CPU_ROWS:
             x = torch.randn(rows, width, generator=generator).to(device, dtype)
-            dense = microseconds(lambda w, x=x: F.linear(x, w[0]), (weight,)) if on_gpu else 0.0
+            dense = microseconds(partial(_dense, x), (weight,)) if on_gpu else 0.0
             for name, pattern in PATTERNS.items():
                 sparse = trial(pattern, weight, rows)
                 error = sparse.error(x)
                 right &= error < TOLERANCE
                 line = f"{f'{out} x {width} @ {rows}':>22} {name:>6} {error:8.1e}"
                 if on_gpu:
-                    took = microseconds(lambda w, s=sparse, x=x: s.run(x, w), sparse.packed)
+                    took = microseconds(partial(sparse.run, x), sparse.packed)
                     line += f" {dense:9.1f} {took:9.1f} {dense / took:7.2f}"
                 print(line, flush=True)
     return right

@@ -4,6 +4,7 @@ from sparsefx import ops as ops
 from sparsefx.api import backend as backend
 from sparsefx.api import compile as compile
 from sparsefx.api import explain as explain
+from sparsefx.api import export_onnx as export_onnx
 from sparsefx.checkpoint import load as load
 from sparsefx.checkpoint import save as save
 from sparsefx.errors import SparseFXError as SparseFXError

@@ -33,13 +33,14 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 def remove_unused(module: nn.Module, used: set[str]) -> None:
     """Drops every parameter and buffer whose dotted name is not in `used`."""
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    tensors = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
     for name, _ in tensors:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
-
-
 
 
 def count_nonfinite(tensor: Tensor) -> int:

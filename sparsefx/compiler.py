@@ -17,7 +17,9 @@ from sparsefx.session import GraphRecord, Session, remember_weights
 from sparsefx.variants import Compiled, Variant, Variants
 from sparsefx.weights import WeightMemo, version
 
-WITH_GRADIENTS = "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
+WITH_GRADIENTS = (
+    "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
+)
 MASK_KEPT = "gradients are on: the mask is kept and trainable; torch.no_grad() uses kernels"
 UNMATCHED = "no packing rule matches the way this layer is written"
 
@@ -92,7 +94,9 @@ class Compiler:
         bound = bind(gm, inputs)
         ctx = self._context()
         counts = run(bound.gm, self.plan.training, ctx)
-        self._record(bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS)
+        self._record(
+            bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS
+        )
         return self.plan.emit(unbind(bound), inputs)
 
     def _context(self) -> PassContext:

@@ -40,9 +40,7 @@ if __name__ == "__main__":
 '''
 
 
-def write(
-    gm: fx.GraphModule, folder: Path, graph: int, number: int, name: str, stage: str
-) -> Path:
+def write(gm: fx.GraphModule, folder: Path, graph: int, number: int, name: str, stage: str) -> Path:
     """Writes `folder`/graph<k>/<number>_<name>.py and, if small, its tensors. Returns its path."""
     path = folder / f"graph{graph}" / f"{number:02d}_{name}.py"
     tensors = _tensors(gm)

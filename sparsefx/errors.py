@@ -18,7 +18,9 @@ class SparseFXError(Exception):
 class UnknownTarget(SparseFXError, ValueError):
     """A target name that is not in the table of targets."""
 
-    message = "no target is named {name!r}; there are: {known}. Pass one of them, or a sparsefx.Target"
+    message = (
+        "no target is named {name!r}; there are: {known}. Pass one of them, or a sparsefx.Target"
+    )
 
 
 class TargetUnavailable(SparseFXError, RuntimeError):
@@ -141,7 +143,9 @@ class ExportFailed(SparseFXError, RuntimeError):
 class KernelBuildFailed(SparseFXError, RuntimeError):
     """A generated kernel that the system's compiler refused."""
 
-    message = "kernel {kernel} did not compile: {rule}. The node stays dense; please report the text"
+    message = (
+        "kernel {kernel} did not compile: {rule}. The node stays dense; please report the text"
+    )
 
 
 class KernelRunFailed(KernelBuildFailed):

@@ -58,11 +58,11 @@ def pack_nm(weight: Tensor, n: int, m: int) -> PackedNM:
     _check_nm(weight.shape, n, m)
     found = nm_count(weight, m)
     if found is None or found > n:
-        raise _wrong("weight", weight.shape, f"a group of {m} holds {found} nonzeros, more than {n}")
+        raise _wrong(
+            "weight", weight.shape, f"a group of {m} holds {found} nonzeros, more than {n}"
+        )
     groups = weight.reshape(weight.shape[0], -1, m)
-    order = (groups != 0).to(torch.uint8).sort(
-        dim=-1, stable=True, descending=True
-    ).indices
+    order = (groups != 0).to(torch.uint8).sort(dim=-1, stable=True, descending=True).indices
     columns = order[..., :n].sort(-1).values
     values = groups.gather(-1, columns).reshape(weight.shape[0], -1)
     index = _pack_fields(columns.reshape(weight.shape[0], -1).to(torch.uint8), index_bits(m))

@@ -136,7 +136,7 @@ _STEP = re.compile(r"\._(modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w
 
 
 def _weight_name(node: fx.Node) -> str | None:
-    """"model.layers.0.weight" from `L['self']._modules['model']...`, or None for other inputs."""
+    """ "model.layers.0.weight" from `L['self']._modules['model']...`, or None for other inputs."""
     source = node.__dict__.get("_dynamo_source")
     if source is None:
         return None

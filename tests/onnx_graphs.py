@@ -36,7 +36,9 @@ def pack(gm: fx.GraphModule, choose: Callable[[str, Tensor], Layout]) -> int:
     return count
 
 
-def fuse(gm: fx.GraphModule, linear: fx.Node, last: fx.Node, epilogue: str, extras: list[fx.Node]) -> None:
+def fuse(
+    gm: fx.GraphModule, linear: fx.Node, last: fx.Node, epilogue: str, extras: list[fx.Node]
+) -> None:
     """Gives a packed linear the epilogue of the chain that ends in `last`, in place."""
     arguments = (*linear.args[:-2], epilogue, extras)
     with gm.graph.inserting_before(last):

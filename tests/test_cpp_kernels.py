@@ -147,9 +147,7 @@ def test_a_long_epilogue_everywhere(
 
 @pytest.mark.parametrize("isa_name", ISAS)
 @pytest.mark.parametrize("pattern", [(2, 4), 0.5], ids=str)
-def test_more_rows_than_are_staged_at_once(
-    pattern: tuple[int, int] | float, isa_name: str
-) -> None:
+def test_more_rows_than_are_staged_at_once(pattern: tuple[int, int] | float, isa_name: str) -> None:
     case = Case(pattern, torch.float32, 9, 48, isa_name, epilogue="add 0")
     case.check(case.tensor(151, 48))
 
@@ -196,7 +194,9 @@ def test_nan_and_infinity_in_x_come_out(isa_name: str) -> None:
     x[1] = float("nan")
     got = case.run(x, [])
     assert got[1].isnan().all(), case
-    torch.testing.assert_close(got[[0, 2]].double(), case.meaning(x, [])[[0, 2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got[[0, 2]].double(), case.meaning(x, [])[[0, 2]], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), 0.5], ids=str)

@@ -149,7 +149,9 @@ def _check(
     if keys.dtype is not torch.uint8:
         raise DtypeMismatch(name="index or bits", dtype=keys.dtype, needed=torch.uint8)
     if keys.shape[1] != kernel.row_bytes(x.shape[-1]):
-        raise _misshapen("x", x, f"its last size must fit {keys.shape[1]} bytes of index or bits a row")
+        raise _misshapen(
+            "x", x, f"its last size must fit {keys.shape[1]} bytes of index or bits a row"
+        )
     if (bias is not None) != kernel.has_bias or len(extras) != kernel.extras:
         rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
         raise _misshapen("extras", x.new_empty(len(extras)), rule)

@@ -32,7 +32,9 @@ _STEPS = {
 def source(spec: LinearSpec, isa: Isa) -> str:
     """The C++ source of the kernel for `spec`; the same text on every machine and every run."""
     before, _, rest = (_TEMPLATES / "linear.cpp").read_text().partition(_BEGIN)
-    return f"// {title(spec, isa)}\n//\n{before}{_specialisation(spec, isa)}{rest.partition(_END)[2]}"
+    return (
+        f"// {title(spec, isa)}\n//\n{before}{_specialisation(spec, isa)}{rest.partition(_END)[2]}"
+    )
 
 
 def title(spec: LinearSpec, isa: Isa) -> str:
@@ -76,7 +78,9 @@ static inline float epilogue(float acc, [[maybe_unused]] int64_t column,
 
 def _extras(steps: tuple[Step, ...]) -> int:
     """How many extras the epilogue needs: one more than the highest index it names."""
-    return max((int(step.operand or 0) + 1 for step in steps if step.op in ("add", "mul")), default=0)
+    return max(
+        (int(step.operand or 0) + 1 for step in steps if step.op in ("add", "mul")), default=0
+    )
 
 
 def _dtype_name(spec: LinearSpec) -> str:

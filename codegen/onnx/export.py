@@ -179,6 +179,9 @@ def _blame(path: Path, step: str, remedy: str) -> Iterator[None]:
     except SparseFXError:
         raise
     except Exception as error:  # torch.export, torch.onnx, onnx and onnxruntime raise anything
-        reason = str(error).strip().splitlines() or [""]
-        rule = f"{step}: {type(error).__name__}: {reason[0]}"
+        root: BaseException = error
+        while root.__cause__ is not None:  # torch.onnx names the operator only in the first error
+            root = root.__cause__
+        reason = (str(root).strip() or repr(root)).splitlines()[0]
+        rule = f"{step}: {type(root).__name__}: {reason}"
         raise ExportFailed(path=path, rule=rule, remedy=remedy) from error
