@@ -1,4 +1,4 @@
-"""Generated C++ linears against F.linear on this CPU: the ratio of times, above 1 where sparse wins.
+"""Generated C++ linears against F.linear on this CPU: ratio of times, above 1 where sparse wins.
 
     python benchmarks/cpu_linear.py [--threads 2] [--pairs 41] [--shape 4096x4096]
 

@@ -133,14 +133,13 @@ def wikipedia_text() -> str:
 
 
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, count: int = 4096) -> Tensor:
-    """The first `count` tokens of the middle third of the Wikipedia text, int64 [count].
+    """`count` tokens from the middle of the Wikipedia text, int64 [count].
 
-    Calibrate on the start of the text, so that no model is judged on what it was calibrated on.
+    Calibrate on its first third: no model may be judged on what it was calibrated on.
     """
-    text = wikipedia_text()
-    third = text[len(text) // 3 : 2 * len(text) // 3]
-    tokens = tokenizer(third[: 16 * count])["input_ids"][:count]
-    return torch.tensor(tokens)
+    tokens = tokenizer(wikipedia_text())["input_ids"]
+    middle = len(tokens) // 2
+    return torch.tensor(tokens[middle : middle + count])
 
 
 def perplexity(

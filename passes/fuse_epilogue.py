@@ -84,7 +84,7 @@ def _append(
     if site.root.meta["val"].dtype != linear.meta["val"].dtype:
         return None
     text = join((*parse(epilogue), step))
-    node = site.call(linear.target, *head, text, extras)  # type: ignore[arg-type]
+    node = site.call(linear.target, *head, text, extras)
     for key in ("sparsefx_row", "sparsefx_weight", "nn_module_stack"):
         if key in linear.meta:
             node.meta[key] = linear.meta[key]

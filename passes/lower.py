@@ -1,4 +1,4 @@
-"""packed -> lowered:  nm_linear(x, values, index, b, ...)  =>  kernel(x, *packed, b, extras, handle)
+"""packed -> lowered:  nm_linear(x, values, index, b, ..)  =>  kernel(x, *packed, b, extras, handle)
 
 or, where no kernel of the target accepts the node and wins:  =>  epilogue(linear(x, w, b))
 
@@ -112,6 +112,8 @@ def _lower(options: Lower, packed: PackedNode) -> int:
     spec = packed.spec()
     reasons: list[str] = []
     for kernel in options.target.kernels:
+        if kernel.layout != spec.layout:
+            continue
         refusal = kernel.accepts(spec) or _mixed_dtypes(packed, spec)
         if refusal:
             reasons.append(f"{kernel.name}: {refusal}")

@@ -1,9 +1,9 @@
-"""compile, sparsify, export_onnx, explain and the torch.compile backend: the module that joins all."""
+"""compile, sparsify, export_onnx, explain, the torch.compile backend: the module that joins all."""
 
 import copy
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -71,11 +71,11 @@ def compile(
     """A model of the same class that runs its sparse linears on kernels where those win.
 
     model: any nn.Module; it is not changed, and the result shares its weights (with a `recipe`, a
-    pruned copy of them). target: "cpu", "cuda", "a100", "h100", "h200", "l4" or a Target; None takes
-    the device the model is on. recipe: sparsity to introduce first (`sparsify`); without one, the
-    zeros already in the weights are used. guard: "measure" times each kernel against dense on this
-    device, "model" asks the roofline, "off" lowers whatever a kernel accepts. mode, dynamic: as in
-    torch.compile.
+    pruned copy of them). target: "cpu", "cuda", "a100", "h100", "h200", "l4" or a Target; None
+    takes the device the model is on. recipe: sparsity to introduce first (`sparsify`); without one,
+    the zeros already in the weights are used. guard: "measure" times each kernel against dense on
+    this device, "model" asks the roofline, "off" lowers whatever a kernel accepts. mode, dynamic:
+    as in torch.compile.
 
     Graphs are captured and compiled when they are first called; `explain(result)` tells what became
     of each layer. Call under `torch.no_grad()`: with gradients on nothing is packed. Raises
@@ -131,7 +131,7 @@ def export_onnx(
     path: str | Path,
     *,
     kwargs: Mapping[str, object] | None = None,
-    dynamic_shapes: object = None,
+    dynamic_shapes: graph.DynamicShapes = None,
     recipe: Recipe | None = None,
     calibration: Iterable[object] | None = None,
     form: str = "standard",
@@ -143,8 +143,8 @@ def export_onnx(
     args, kwargs, dynamic_shapes: as torch.export takes them (an axis that is to be dynamic needs an
     example size of 2 or more). recipe, calibration: as in `compile`. form: "standard" has standard
     operators only; "functions" keeps sparse linears as nodes of the domain "sparsefx", whose bodies
-    are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at the example's
-    shapes and two others; a file that fails is not kept.
+    are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at the
+    example's shapes and two others; a file that fails is not kept.
 
     Returns a Report: a row for each candidate layer, and the file's size, nodes and largest
     difference among its facts. A stock onnxruntime gains file size from this, not time. Raises
@@ -204,12 +204,15 @@ def _export_report(
     )
 
 
-def explain(compiled: nn.Module) -> Report:
+def explain(compiled: Callable[..., object]) -> Report:
     """What became of each candidate layer of a compiled model: a Report.
 
-    compiled: the result of `sparsefx.compile` or of `torch.compile(backend="sparsefx")`. Before its
-    first call the rows say that nothing was captured yet. Raises NotCompiled.
+    compiled: the model that `sparsefx.compile` or `torch.compile(backend="sparsefx")` returned, of
+    which torch's types say only that it can be called. Before its first call the rows say that
+    nothing was captured yet. Raises NotCompiled.
     """
+    if not isinstance(compiled, nn.Module):
+        raise NotCompiled(what=f"this {type(compiled).__name__}")
     original = compiled._modules.get("_orig_mod") or compiled
     session = recall(compiled) or recall(original)
     if session is None:

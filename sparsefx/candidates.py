@@ -29,8 +29,9 @@ _LINEARS = {
 class Candidate:
     """One candidate node.
 
-    op: "linear", "conv", "attention" or "experts" (a stack of weights, one parameter); name: the module it comes from; weight: its get_attr node
-    where it has a constant one; transposed: whether that weight is stored [in, out].
+    op: "linear", "conv", "attention" or "experts" (a stack of weights, one parameter); name: the
+    module it comes from; weight: its get_attr node where it has a constant one; transposed: whether
+    that weight is stored [in, out].
     """
 
     node: fx.Node
@@ -104,7 +105,7 @@ _STACK = 3  # [experts, out, in]; a 1-d convolution's weight is 3-d too, and han
 
 
 def _layer_name(node: fx.Node, weight: fx.Node) -> str:
-    """The parameter's owner where it lies in the module at work, else (tied weights) that module."""
+    """The parameter's owner if it lies in the module at work, else (tied weights) that module."""
     parameter, path = parameter_name(weight), module_path(node)
     if path == node.name or parameter.startswith(f"{path}."):
         return parameter.removesuffix(".weight")

@@ -35,7 +35,13 @@ def inductor(settings: Mapping[str, object]) -> Emit:
         # Imported here: it takes seconds, which `import sparsefx` and the shell must not pay.
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, inputs, config_patches=patches)
+        function = compile_fx(
+            gm,
+            inputs,  # type: ignore[arg-type]  # tensors and sizes, as Dynamo gave them
+            config_patches=patches,
+        )
+        assert callable(function)  # Inductor gives file names or weights only ahead of time
+        return function
 
     return emit
 

@@ -1,4 +1,4 @@
-"""The one reader of SparseFX's environment variables: SPARSEFX_DUMP, SPARSEFX_SKIP, SPARSEFX_CACHE."""
+"""The one reader of the environment variables SPARSEFX_DUMP, SPARSEFX_SKIP and SPARSEFX_CACHE."""
 
 import os
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""What happens to a linear's output before it is stored: the epilogue, a chain of element-wise steps.
+"""The epilogue: the element-wise steps that a linear's output goes through before it is stored.
 
 An epilogue is written as text, steps joined by ";", applied left to right to `acc = x W^T + bias`:
 
     relu | silu | gelu | gelu_tanh          activation
     scale <number>                          acc * number
-    add <i> | mul <i>                       acc + extras[i], acc * extras[i]; extras[i] has acc's shape
+    add <i> | mul <i>                       acc + extras[i], acc * extras[i], of acc's shape
 
 Text, because it travels as one operator argument, names kernels, and reads the same everywhere.
 """

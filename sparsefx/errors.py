@@ -4,8 +4,8 @@
 class SparseFXError(Exception):
     """Base of all errors that SparseFX raises on purpose.
 
-    Subclasses set `message`, a format string; its fields are the keyword arguments of the constructor
-    and stay readable on the instance (`error.fields["name"]`).
+    Subclasses set `message`, a format string; its fields are the keyword arguments of the
+    constructor and stay readable on the instance (`error.fields["name"]`).
     """
 
     message = "{detail}"
@@ -96,15 +96,6 @@ class ShapeMismatch(SparseFXError, ValueError):
     """A tensor does not have the shape that an operation needs."""
 
     message = "{name} has shape {shape}, but {rule}. {remedy}"
-
-
-class StaleWeights(SparseFXError, RuntimeError):
-    """A packed weight was changed after compiling and cannot be packed again the same way."""
-
-    message = (
-        "weight {name} changed after compiling and {why}; "
-        "call sparsefx.compile again, or torch._dynamo.reset() for torch.compile(backend='sparsefx')"
-    )
 
 
 class NotCompiled(SparseFXError, TypeError):

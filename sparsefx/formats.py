@@ -25,7 +25,7 @@ class PackedNM(NamedTuple):
     """A weight stored as N:M."""
 
     values: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index; ".index" is the name on disk
 
 
 class PackedBitmap(NamedTuple):
@@ -42,7 +42,7 @@ def index_bits(m: int) -> int:
 
 
 def nm_count(weight: Tensor, m: int) -> int | None:
-    """The smallest n for which `weight` [out, in] is n:m sparse, or None if m does not divide in."""
+    """The smallest n for which `weight` [out, in] is n:m sparse; None if m does not divide in."""
     if weight.shape[1] % m:
         return None
     groups = (weight != 0).view(weight.shape[0], -1, m)
@@ -61,12 +61,11 @@ def pack_nm(weight: Tensor, n: int, m: int) -> PackedNM:
         raise _wrong(
             "weight", weight.shape, f"a group of {m} holds {found} nonzeros, more than {n}"
         )
-    groups = weight.reshape(weight.shape[0], -1, m)
-    order = (groups != 0).to(torch.uint8).sort(dim=-1, stable=True, descending=True).indices
-    columns = order[..., :n].sort(-1).values
-    values = groups.gather(-1, columns).reshape(weight.shape[0], -1)
-    index = _pack_fields(columns.reshape(weight.shape[0], -1).to(torch.uint8), index_bits(m))
-    return PackedNM(values.contiguous(), index)
+    kept = _exactly_n(weight.reshape(weight.shape[0], -1, m) != 0, n)
+    values = weight.reshape(kept.shape)[kept].view(weight.shape[0], -1)
+    columns = kept.nonzero()[:, 2].view(weight.shape[0], -1)
+    index = _pack_fields(columns.to(torch.uint8), index_bits(m))
+    return PackedNM(values, index)
 
 
 def unpack_nm(packed: PackedNM, n: int, m: int) -> Tensor:
@@ -114,8 +113,19 @@ def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     return _unpack_fields(bits, 1, in_features).bool()
 
 
+def _exactly_n(keep: Tensor, n: int) -> Tensor:
+    """bool [out, groups, m] with at most n True a group -> exactly n: the first zeros fill up.
+
+    Counting zeros from the left is linear in the size; sorting each group took ten times as long.
+    """
+    missing = n - keep.sum(-1, keepdim=True, dtype=torch.int8)
+    if not missing.any():
+        return keep
+    return keep | (~keep & ((~keep).cumsum(-1, dtype=torch.int8) <= missing))
+
+
 def _pack_fields(fields: Tensor, bits: int) -> Tensor:
-    """uint8 [out, k] of `bits`-wide numbers, 8/bits to a byte, first one lowest; padded by zeros."""
+    """uint8 [out, k] of `bits`-wide numbers, 8/bits to a byte, first lowest; padded by zeros."""
     per_byte = 8 // bits
     padding = -fields.shape[1] % per_byte
     if padding:
@@ -127,7 +137,7 @@ def _pack_fields(fields: Tensor, bits: int) -> Tensor:
 
 def _unpack_fields(packed: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
-    lanes = (packed[..., None] >> shifts) & (2**bits - 1)
+    lanes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)  # torch says Any
     return lanes.flatten(1)[:, :count]
 
 

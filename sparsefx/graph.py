@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,12 +22,16 @@ from torch import Tensor, fx, nn
 from sparsefx.attributes import get_tensor, remove_unused, set_tensor
 from sparsefx.normalise import normalise
 
+T = TypeVar("T")
+# As torch.export declares it. Any: what lies inside nests as the arguments do.
+DynamicShapes = dict[str, Any] | tuple[Any, ...] | list[Any] | None
+
 
 def capture(
     model: nn.Module,
     args: tuple[object, ...],
     kwargs: Mapping[str, object] | None = None,
-    dynamic_shapes: object = None,
+    dynamic_shapes: DynamicShapes = None,
 ) -> fx.GraphModule:
     """The graph of `model(*args, **kwargs)` through torch.export, in normal form.
 
@@ -44,9 +49,10 @@ def capture(
     return normalise(module)
 
 
-def clone_inputs(inputs: object) -> object:
+def clone_inputs(inputs: T) -> T:
     """A copy of a tree of arguments in which no two tensors are one object."""
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
+    copies: T = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
+    return copies
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,10 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     for original, node in zip(originals, duplicate.graph.find_nodes(op="placeholder"), strict=True):
         # A plain attribute that Dynamo sets and AOTAutograd reads; graph copies drop it.
         if "_dynamo_source" in original.__dict__:
-            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            node._dynamo_source = original._dynamo_source
     sources = gm.__dict__.get("_param_name_to_source")
     if sources is not None:
-        duplicate._param_name_to_source = dict(sources)  # type: ignore[assignment]
+        duplicate._param_name_to_source = dict(sources)  # type: ignore[assignment]  # no submodule
     return duplicate
 
 

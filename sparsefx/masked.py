@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sparsefx.rewrite import Decline, Rule, Site, Var, call
+from sparsefx.rewrite import Built, Decline, Rule, Site, Var, call
 
 aten = torch.ops.aten
 _mask = call(torch.ops.sparsefx.mask.default)(Var("w"), Var("keep"))
@@ -29,19 +29,19 @@ class MaskedLinear:
         return value
 
 
-Pack = Callable[[Site, MaskedLinear], fx.Node | Decline | None]
+Pack = Callable[[Site, MaskedLinear], Built]
 
 
 def rules(pack: Pack) -> tuple[Rule, ...]:
     """Rules that call `pack` at each masked linear, however it is written."""
 
-    def linear(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node | None) -> object:
+    def linear(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node | None) -> Built:
         return pack(site, MaskedLinear(x, w, b, transposed=False))
 
-    def product(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node) -> object:
+    def product(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node) -> Built:
         return pack(site, MaskedLinear(x, w, None, transposed=True))
 
-    def addmm(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node) -> object:
+    def addmm(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node) -> Built:
         if b.meta["val"].dim() != 1:
             return Decline("the addend of addmm is not a bias vector")
         return pack(site, MaskedLinear(x, w, b, transposed=True))

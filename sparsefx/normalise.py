@@ -10,6 +10,7 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Argument
 
 aten = torch.ops.aten
 
@@ -93,7 +94,7 @@ def _is_operand(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _known_kwargs(node: fx.Node, overload: torch._ops.OpOverload) -> dict[str, object] | None:
+def _known_kwargs(node: fx.Node, overload: torch._ops.OpOverload) -> dict[str, Argument] | None:
     """The call's keyword arguments under the overload's names, or None if one has no place."""
     legal = {argument.name for argument in overload._schema.arguments}
     kwargs = dict(node.kwargs)

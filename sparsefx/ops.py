@@ -79,7 +79,7 @@ def _mask_save(
 
 
 def linear_output(x: Tensor, out_features: int) -> Tensor:
-    """The fake result of any sparse linear: [..., out_features], contiguous, x's dtype and device."""
+    """The fake result of a sparse linear: contiguous [..., out_features], x's dtype and device."""
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -74,7 +74,8 @@ class Site:
         return node
 
 
-Build = Callable[..., fx.Node | Decline | None]
+Built = fx.Node | Decline | None
+Build = Callable[..., Built]
 
 
 @dataclass(frozen=True)

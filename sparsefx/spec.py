@@ -1,8 +1,8 @@
-"""What may be said about a model: sparsity patterns, criteria and the Recipe, as plain frozen dataclasses."""
+"""What may be said about a model: patterns, criteria and the Recipe, all frozen dataclasses."""
 
 import fnmatch
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,7 +178,12 @@ class Recipe:
         return cls(weights=weights)
 
 
-_KINDS = {"unstructured": Unstructured, "nm": NM, "block": Block, "dense": None}
+_KINDS: dict[str, Callable[..., Pattern] | None] = {
+    "unstructured": Unstructured,
+    "nm": NM,
+    "block": Block,
+    "dense": None,
+}
 _NUMBERS = {"unstructured": ("sparsity",), "nm": ("n", "m"), "block": ("rows", "cols", "sparsity")}
 
 
@@ -196,7 +201,8 @@ def _parse_entry(path: str | Path, entry: object) -> tuple[str, Pattern | None]:
     kind = entry.get("pattern")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise _invalid(path, f"pattern {kind!r} is not one of {', '.join(_KINDS)}")
-    if kind == "dense":
+    make = _KINDS[kind]
+    if make is None:
         return entry["match"], None
     if entry.get("criterion", "magnitude") != "magnitude":
         raise _invalid(path, f"criterion {entry['criterion']!r} is not one of magnitude")
@@ -204,7 +210,7 @@ def _parse_entry(path: str | Path, entry: object) -> tuple[str, Pattern | None]:
     extra = set(entry) - {"match", "pattern", "criterion", *numbers}
     if extra or not all(_is_number(name, value) for name, value in numbers.items()):
         raise _invalid(path, f"pattern {kind!r} takes the numbers {', '.join(numbers)}")
-    return entry["match"], _KINDS[kind](**numbers)
+    return entry["match"], make(**numbers)
 
 
 def _is_number(name: str, value: object) -> bool:

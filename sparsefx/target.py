@@ -59,6 +59,11 @@ class Kernel(Protocol):
         """Shown in reports; stable."""
         ...
 
+    @property
+    def layout(self) -> str:
+        """The storage it reads: "nm" or "bitmap"."""
+        ...
+
     def accepts(self, spec: LinearSpec) -> str | None:
         """None for yes, or the reason for no."""
         ...

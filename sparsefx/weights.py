@@ -50,7 +50,7 @@ class WeightMemo:
         return self.packed(weight, transposed, f"pruned {how}", lambda _: (prune(),))[0]
 
     def forget(self) -> None:
-        """Drops everything, for weights that changed."""
+        """Lets go of all tensors: those of changed weights would never be asked for again."""
         self._found.clear()
         self._packed.clear()
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from sparsefx.checkpoint.layout import KEY
 from sparsefx.prune.sparsify import sparsify
 from sparsefx.spec import Pattern, Recipe
+
+Json = dict[str, Any]  # Any: the tests take it apart, and put nonsense in
 
 
 class Zoo(nn.Module):
@@ -51,12 +54,13 @@ def snapshot(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size, bytes
     return {name: (value.dtype, value.shape, raw(value)) for name, value in state.items()}
 
 
-def layout_of(folder: Path) -> dict[str, object]:
+def layout_of(folder: Path) -> Json:
     header, _ = split(folder / "model.safetensors")
-    return json.loads(header["__metadata__"][KEY])
+    layout: Json = json.loads(header["__metadata__"][KEY])
+    return layout
 
 
-def split(path: Path) -> tuple[dict[str, dict[str, object]], bytes]:
+def split(path: Path) -> tuple[Json, bytes]:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]

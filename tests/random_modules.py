@@ -1,6 +1,7 @@
 """Random small modules for differential tests: every way that a weight can be used, from a seed."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from sparsefx.spec import NM, Block, Pattern, Unstructured
 
 WIDTH = 32
-ACTIVATIONS = (F.relu, F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), lambda x: x)
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    F.relu,
+    F.silu,
+    F.gelu,
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: x,
+)
 PATTERNS: tuple[Pattern | None, ...] = (
     NM(2, 4),
     NM(1, 4),
@@ -51,7 +58,7 @@ class Residual(Layer):
         self.scale = rng.choice((0.5, 0.125, 2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x) * self.scale
+        y: Tensor = self.linear(x) * self.scale
         return x + y if self.left else y + x
 
 
@@ -67,7 +74,8 @@ class Gated(Layer):
         self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
 
 
 class Attention(Layer):
@@ -83,7 +91,8 @@ class Attention(Layer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in self.parts[:3])
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.parts[3](mixed.transpose(1, 2).flatten(2))
+        y: Tensor = self.parts[3](mixed.transpose(1, 2).flatten(2))
+        return y
 
 
 class Reused(Layer):
@@ -96,7 +105,8 @@ class Reused(Layer):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.relu(self.linear(x)))
+        y: Tensor = self.linear(F.relu(self.linear(x)))
+        return y
 
 
 class Tied(Layer):
@@ -111,7 +121,8 @@ class Tied(Layer):
         self.second.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y
 
 
 class Transposed(Layer):
@@ -136,7 +147,8 @@ class Convolution(Layer):
         self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=rng.choice((1, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+        y: Tensor = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return y
 
 
 class Strided(Layer):
@@ -147,7 +159,8 @@ class Strided(Layer):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.flip(1).transpose(0, 1)).transpose(0, 1).relu()
+        y: Tensor = self.linear(x.flip(1).transpose(0, 1)).transpose(0, 1).relu()
+        return y
 
 
 class InPlace(Layer):

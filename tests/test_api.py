@@ -2,10 +2,12 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import sparsefx
 from sparsefx import NM, Recipe, Unstructured
@@ -25,7 +27,8 @@ class Two(nn.Module):
         self.second = nn.Linear(64, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
+        y: Tensor = self.second(torch.relu(self.first(x)))
+        return y
 
 
 def two(seed: int = 0) -> Two:
@@ -43,6 +46,7 @@ def test_compiled_language_model_keeps_its_face() -> None:
     torch.manual_seed(0)
     case = llama()
     model = sparsefx.sparsify(case.model, RECIPE, progress=False)
+    assert isinstance(model, PreTrainedModel)
     fast = sparsefx.compile(model, guard="off")
     assert type(fast) is type(model)
     assert fast.config is model.config
@@ -115,10 +119,10 @@ def test_the_backend_is_registered() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", [{"fullgraph": True}, {"dynamic": True}, {"mode": "default"}])
-def test_the_backend_by_name(how: dict[str, object]) -> None:
+def test_the_backend_by_name(how: dict[str, Any]) -> None:  # Any: torch.compile's own keywords
     model = two()
-    options = {} if "mode" in how else {"options": {"guard": "off"}}
-    compiled = torch.compile(model, backend="sparsefx", **how, **options)
+    options: dict[str, Any] | None = None if "mode" in how else {"guard": "off"}
+    compiled = torch.compile(model, backend="sparsefx", options=options, **how)
     for rows in (4, 6):
         x = torch.randn(rows, 32)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -139,7 +143,12 @@ def test_the_backend_takes_a_recipe_and_leaves_the_weights_alone() -> None:
     model = Two().eval()
     before = copy.deepcopy(model.state_dict())
     recipe = Recipe({"*": Unstructured(0.75)})
-    compiled = torch.compile(model, backend="sparsefx", options={"recipe": recipe, "guard": "off"})
+    options = {"recipe": recipe, "guard": "off"}
+    compiled = torch.compile(
+        model,
+        backend="sparsefx",
+        options=options,  # type: ignore[arg-type]  # torch has Inductor's options in mind
+    )
     x = torch.randn(4, 32)
     expected = sparsefx.sparsify(model, recipe, progress=False)(x)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
@@ -238,7 +247,7 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {  # Any: wrong types too
     "unknown target": ({"target": "tpu"}, errs.UnknownTarget, "'tpu'.*cpu, cuda"),
     "target of a wrong type": ({"target": 3}, errs.UnknownTarget, "3"),
     "unknown guard": ({"guard": "maybe"}, errs.UnknownOption, "measure, model, off"),
@@ -282,6 +291,8 @@ def test_backend_options_are_checked() -> None:
 def test_explain_of_something_else() -> None:
     with pytest.raises(errs.NotCompiled, match="Two was not compiled"):
         sparsefx.explain(two())
+    with pytest.raises(errs.NotCompiled, match="builtin_function_or_method was not compiled"):
+        sparsefx.explain(len)
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from sparsefx.checkpoint.layout import KEY
 from sparsefx.errors import CheckpointMismatch, CorruptCheckpoint
 from sparsefx.prune.sparsify import sparsify
 from sparsefx.spec import NM, Recipe, Unstructured
-from tests.checkpoints import Zoo, joined, snapshot, split, zoo
+from tests.checkpoints import Json, Zoo, joined, snapshot, split, zoo
 
-Edit = Callable[[dict, dict, bytearray], None]
+Edit = Callable[[Json, Json, bytearray], None]
 
 
 def set_entry(tensor: str, **fields: object) -> Edit:
@@ -31,7 +31,7 @@ def set_header(tensor: str, **fields: object) -> Edit:
 
 
 def set_byte(tensor: str, offset: int, value: int) -> Edit:
-    def edit(header: dict, layout: dict, data: bytearray) -> None:
+    def edit(header: Json, layout: Json, data: bytearray) -> None:
         data[header[tensor]["data_offsets"][0] + offset] = value
 
     return edit

@@ -260,7 +260,7 @@ def test_refuses_a_bitmap_of_another_size() -> None:
     case = Case(0.5, torch.float32, 4, 32, None, bias=True)
     low, x = case.lowering, case.tensor(2, 32)
     values, bits, row_ptr = low.packed
-    with pytest.raises(ShapeMismatch, match="bytes of index or bits"):
+    with pytest.raises(ShapeMismatch, match="bytes of index or bits of a row"):
         low.op(case.tensor(2, 48), values, bits, row_ptr, case.bias, [], low.handle)
     with pytest.raises(ShapeMismatch, match="row_ptr has shape"):
         low.op(x, values, bits, row_ptr[:-1], case.bias, [], low.handle)

@@ -19,11 +19,12 @@ EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def oracle(module: nn.Module, x: Tensor) -> Tensor:
     """The module's own meaning in float64."""
-    return copy.deepcopy(module).double()(x.double())
+    result: Tensor = copy.deepcopy(module).double()(x.double())
+    return result
 
 
 def assert_close(result: Tensor, case: Sample, where: str) -> None:
-    """Within the dtype's rounding of the oracle, where the dense model's own error is part of it."""
+    """Within the dtype's rounding of the oracle, the dense model's own error being part of it."""
     expected = oracle(case.module, case.x)
     own = (case.module(case.x).double() - expected).abs().max()
     error = (result.double() - expected).abs().max()
@@ -44,7 +45,8 @@ def assert_counts(counts: dict[str, int], case: Sample) -> None:
 def test_every_stage_of_the_export_door(seed: int) -> None:
     case = sample(seed)
     gm = capture(case.module, (case.x,))
-    ctx, counts = PassContext(), {}
+    ctx = PassContext()
+    counts: dict[str, int] = {}
     for each in pipelines.inference(targets()["cpu"], accept, proof=True):
         counts |= run(gm, (each,), ctx)
         assert_close(gm(case.x), case, f"after {each.name}")

@@ -1,10 +1,7 @@
-"""The guard: wrong kernels are refused, slow ones lose, and no question is timed twice."""
+"""The guard's verdicts: wrong kernels are refused at any speed, slow and unsure ones lose."""
 
-import collections
-import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,117 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefx import diskcache, epilogue, guard, timing
+from sparsefx import guard, timing
 from sparsefx.errors import KernelBuildFailed, KernelRunFailed
-from sparsefx.target import LinearSpec, Lowering
-
-SPEC = LinearSpec(
-    layout="nm",
-    out_features=24,
-    in_features=16,
-    n=2,
-    m=4,
-    density=0.5,
-    dtype=torch.float32,
-    has_bias=True,
-    epilogue="",
-    rows=6,
-    rows_vary=False,
-)
-SEED = 7
-CALLS: collections.Counter[str] = collections.Counter()
-BODIES: dict[str, Callable[[Tensor, Tensor, Tensor | None, list[Tensor]], Tensor]] = {}
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor], handle: str
-) -> Tensor:
-    """The fake kernel: `handle` names its body; every call is counted."""
-    CALLS[handle] += 1
-    return BODIES[handle](x, weight, bias, extras)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library() -> Iterator[torch.library.Library]:
-    made = torch.library.Library("sparsefx_test_guard", "DEF")
-    made.define(
-        "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] extras, str handle) -> Tensor"
-    )
-    made.impl("linear", linear, "CompositeExplicitAutograd")
-    yield made
-    made._destroy()
+from tests.guard_kernels import BODIES, FUSED, SEED, SPEC, layer, measure
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.01)
-    CALLS.clear()
-
-
-def lowering(handle: str, weight: Tensor, text: str = "text") -> Lowering:
-    op = torch.ops.sparsefx_test_guard.linear.default
-    return Lowering(op, (weight,), handle, text, path="")
-
-
-def layer(spec: LinearSpec = SPEC) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randn(spec.out_features, spec.in_features, generator=generator)
-    return weight.to(spec.dtype), torch.randn(spec.out_features, generator=generator).to(spec.dtype)
-
-
-def measure(
-    handle: str,
-    cache: Path,
-    spec: LinearSpec = SPEC,
-    weight: Tensor | None = None,
-    text: str = "text",
-) -> guard.Verdict:
-    default, bias = layer(spec)
-    weight = default if weight is None else weight
-    bias_or_none = bias if spec.has_bias else None
-    made = lowering(handle, weight, text)
-    return guard.measure(spec, weight, bias_or_none, made, device="cpu", cache=cache)
-
-
-def right(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def slow(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    time.sleep(0.002)
-    return F.linear(x, weight, bias)
-
-
-def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    result = F.linear(x, weight, bias)
-    result[-1, -1] += 0.1
-    return result
-
-
-def fused(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    return epilogue.apply(F.linear(x, weight, bias), FUSED, extras)
-
-
-def broken(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    raise IndexError("tile 3 is out of range")
-
-
-def rank_one(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
-    return (x @ weight[0])[:, None].expand(-1, weight.shape[0]).contiguous()
-
-
-FUSED = "mul 1;silu;add 0;scale 0.5"
-BODIES.update(
-    right=right,
-    slow=slow,
-    wrong=wrong,
-    fused=fused,
-    broken=broken,
-    rank_one=rank_one,
-    nan=lambda *args: right(*args) * math.nan,
-    narrow=lambda *args: right(*args)[:, :-1],
-    half=lambda *args: right(*args).half(),
-)
 
 
 def test_a_slow_kernel_loses_with_a_reason(tmp_path: Path) -> None:
@@ -158,14 +52,6 @@ def test_a_wrong_kernel_is_refused_at_any_speed(tmp_path: Path, handle: str, fau
     assert not replace(verdict, sparse_us=verdict.dense_us / 100).wins
 
 
-def test_a_refusal_is_remembered_on_disk(tmp_path: Path) -> None:
-    verdict = measure("wrong", tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    CALLS.clear()
-    assert measure("wrong", tmp_path / "b") == verdict
-    assert not CALLS
-
-
 def test_a_kernel_that_raises_is_one_typed_error(tmp_path: Path) -> None:
     with pytest.raises(KernelRunFailed, match=r"broken.*IndexError: tile 3") as caught:
         measure("broken", tmp_path)
@@ -180,93 +66,6 @@ def test_epilogue_is_part_of_the_check(tmp_path: Path, dtype: torch.dtype) -> No
     assert not verdict.fault
     assert verdict.error == 0
     assert "wrong numbers" in measure("right", tmp_path, spec).fault, "it leaves the epilogue out"
-
-
-def test_each_question_is_timed_once(tmp_path: Path) -> None:
-    first = measure("right", tmp_path)
-    assert CALLS["right"] > 3
-    CALLS.clear()
-    near = replace(SPEC, density=0.5041)
-    assert measure("right", tmp_path, near) is first, "densities that agree to two digits share"
-    assert not CALLS
-
-
-@pytest.mark.parametrize("change", [{"rows": 7}, {"density": 0.52}, {"epilogue": "relu"}])
-def test_another_spec_is_another_question(tmp_path: Path, change: dict[str, float | str]) -> None:
-    measure("right", tmp_path)
-    CALLS.clear()
-    measure("right", tmp_path, replace(SPEC, **change))
-    assert CALLS["right"] > 3
-
-
-def test_another_kernel_text_or_thread_count_is_another_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure("right", tmp_path)
-    CALLS.clear()
-    measure("right", tmp_path, text="other text")
-    assert CALLS["right"] > 3
-    CALLS.clear()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    measure("right", tmp_path)
-    assert CALLS["right"] > 3
-
-
-def test_another_process_reads_the_file(tmp_path: Path) -> None:
-    first = measure("right", tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")  # a new folder has no memo, as a new process
-    CALLS.clear()
-    assert measure("right", tmp_path / "b") == first
-    assert not CALLS
-
-
-DAMAGE = {
-    "truncated": lambda text: text[: len(text) // 2],
-    "empty": lambda text: b"",
-    "not json": lambda text: b"\x00\xff" * 50,
-    "list": lambda text: b"[1, 2]",
-    "deep": lambda text: b"[" * 100_000,
-    "nan": lambda text: text.replace(b'"dense_us": ', b'"dense_us": NaN, "x": '),
-    "negative": lambda text: text.replace(b'"sparse_us": ', b'"sparse_us": -'),
-    "huge": lambda text: text.replace(
-        b'"sparse_us": ', b'"sparse_us": 1' + b"0" * 500 + b', "x": '
-    ),
-    "text for a number": lambda text: text.replace(b'"dense_us": ', b'"dense_us": "1", "x": '),
-    "no bound": lambda text: text.replace(b'"bound"', b'"bond"'),
-    "no fault": lambda text: text.replace(b'"fault"', b'"fate"'),
-    "other key": lambda text: text.replace(b"float32", b"float16"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_measured_again(tmp_path: Path, damage: str) -> None:
-    measure("right", tmp_path / "a")
-    (entry,) = (tmp_path / "a" / "timings").iterdir()
-    copy = tmp_path / "b" / "timings" / entry.name
-    copy.parent.mkdir(parents=True)
-    whole = entry.read_bytes()
-    copy.write_bytes(DAMAGE[damage](whole))
-    assert copy.read_bytes() != whole
-    CALLS.clear()
-    verdict = measure("right", tmp_path / "b")
-    assert CALLS["right"] > 3
-    assert verdict.dense_us > 0
-    shutil.copytree(tmp_path / "b", tmp_path / "c")
-    CALLS.clear()
-    assert measure("right", tmp_path / "c") == verdict
-    assert not CALLS, "the damaged entry was replaced by a good one"
-
-
-def test_a_cache_that_cannot_be_written_costs_no_answer(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("a file where the folder should be")
-    assert measure("right", blocked).dense_us > 0
-    assert blocked.read_text() == "a file where the folder should be"
-
-
-def test_no_half_written_file_is_left(tmp_path: Path) -> None:
-    measure("right", tmp_path)
-    assert [path.suffix for path in (tmp_path / "timings").iterdir()] == [".json"]
 
 
 def test_varying_rows_take_the_worst_size(tmp_path: Path) -> None:
@@ -363,10 +162,3 @@ def test_the_model_knows_the_bitmap() -> None:
 def test_noise_is_not_a_win() -> None:
     assert not guard.Verdict(100.0, 99.0, "measured", 0.0).wins
     assert guard.Verdict(100.0, 90.0, "measured", 0.0).wins
-
-
-def test_diskcache_keeps_keys_apart(tmp_path: Path) -> None:
-    diskcache.remember(tmp_path, {"a": "1"}, {"value": 1})
-    diskcache.remember(tmp_path, {"a": "2"}, {"value": 2})
-    assert diskcache.recall(tmp_path, {"a": "1"}) == {"value": 1}
-    assert diskcache.recall(tmp_path, {"a": "3"}) is None

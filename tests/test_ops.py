@@ -56,8 +56,10 @@ def packed_call(
 ) -> Tensor:
     if layout == "nm":
         values, index = pack_nm(weight, 2, 4)
-        return sparsefx_ops.nm_linear(x, values, index, bias, 2, 4, epilogue, extras)
-    return sparsefx_ops.bitmap_linear(x, *pack_bitmap(weight), bias, epilogue, extras)
+        out: Tensor = sparsefx_ops.nm_linear(x, values, index, bias, 2, 4, epilogue, extras)
+    else:
+        out = sparsefx_ops.bitmap_linear(x, *pack_bitmap(weight), bias, epilogue, extras)
+    return out
 
 
 def test_mask_zeroes_and_masks_the_gradient() -> None:
@@ -67,6 +69,7 @@ def test_mask_zeroes_and_masks_the_gradient() -> None:
     assert torch.equal(out, weight * keep)
     upstream = draw(4, 8, seed=3)
     out.backward(upstream)
+    assert weight.grad is not None
     assert torch.equal(weight.grad, upstream * keep)
 
 
@@ -148,8 +151,10 @@ def test_under_torch_compile_in_one_graph_with_dynamic_rows(layout: str) -> None
 
     def layer(x: Tensor) -> Tensor:
         if layout == "nm":
-            return sparsefx_ops.nm_linear(x, *nm, bias, 2, 4, "silu", []) * 2
-        return sparsefx_ops.bitmap_linear(x, *bitmap, bias, "silu", []) * 2
+            out: Tensor = sparsefx_ops.nm_linear(x, *nm, bias, 2, 4, "silu", [])
+        else:
+            out = sparsefx_ops.bitmap_linear(x, *bitmap, bias, "silu", [])
+        return out * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
@@ -167,6 +172,7 @@ def test_mask_trains_under_torch_compile() -> None:
         torch._dynamo.reset()
         weight = draw(8, 16, seed=1).requires_grad_()
         wrap(lambda w: F.linear(x, sparsefx_ops.mask(w, keep)).square().sum())(weight).backward()
+        assert weight.grad is not None
         gradients.append(weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
     assert not gradients[0][~keep].any()

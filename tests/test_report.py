@@ -260,7 +260,8 @@ def test_html_is_self_contained(tmp_path: Path) -> None:
 def test_html_shows_hostile_text_as_text(tmp_path: Path, field: str) -> None:
     clean = Page(html(sample(), tmp_path))
     report = sample()
-    report.rows[0] = replace(report.rows[0], **{field: HOSTILE})
+    changed = {field: HOSTILE}
+    report.rows[0] = replace(report.rows[0], **changed)  # type: ignore[arg-type]  # str fields all
     text = html(report, tmp_path)
     page = Page(text)
     assert page.open == []

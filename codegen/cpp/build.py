@@ -1,7 +1,7 @@
-"""C++ source -> shared library in the cache: compiled once, named by its content, written atomically.
+"""C++ source -> shared library in the cache: compiled once, named by content, written atomically.
 
 The name (handle) is the hash of source, flags and compiler, so that it means the same in another
-process. Where the cache cannot be written, a private folder in the temporary folder takes its place.
+process. Where the cache cannot be written, a private temporary folder takes its place.
 """
 
 import functools

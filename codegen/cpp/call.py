@@ -1,7 +1,7 @@
 """The operators sparsefx_cpp::nm_linear and ::bitmap_linear: a generated library called by ctypes.
 
 The operator is registered once; which kernel runs is its `handle` argument. Registered by
-`Library.define/impl` and called by ctypes: about 7 us a call where the `custom_op` decorator costs 22.
+`Library.define/impl`: the decorator `custom_op` would cost three times as much a call.
 """
 
 import ctypes
@@ -26,7 +26,6 @@ _LIBRARY.define(
     "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor row_ptr, Tensor? bias, "
     "Tensor[] extras, str handle) -> Tensor"
 )
-_ARGUMENTS = (*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32)
 
 
 class Loaded(NamedTuple):
@@ -54,7 +53,8 @@ def load(handle: str) -> Loaded:
         raise KernelNotFound(handle=handle)
     opened = ctypes.CDLL(str(path))
     run = opened.sparsefx_linear
-    run.argtypes, run.restype = _ARGUMENTS, ctypes.c_int32
+    run.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32]
+    run.restype = ctypes.c_int32
     has_bias, extras, n, m, index_bits = (ctypes.c_int32 * 5).in_dll(opened, "sparsefx_numbers")
     dtype = (ctypes.c_char * 16).in_dll(opened, "sparsefx_dtype").value.decode()
     return Loaded(run, getattr(torch, dtype), bool(has_bias), extras, n, m, index_bits)
@@ -71,7 +71,8 @@ def nm_linear(
     """epilogue(x W^T + bias) by the library `handle`.
 
     x [..., in]; values, index: `formats.PackedNM`, or for kernels that read no indices, index is
-    uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest column; bias [out]; extras [..., out]. Returns [..., out], contiguous, x's dtype.
+    uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest column; bias [out];
+    extras [..., out]. Returns [..., out], contiguous, x's dtype. No gradient.
     Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
     """
     kernel = load(handle)
@@ -112,7 +113,7 @@ def _run(
         return y
     x, values, keys = x.contiguous(), values.contiguous(), keys.contiguous()
     bias = None if bias is None else bias.contiguous()
-    extras = [extra.expand(y.shape).contiguous() for extra in extras]
+    extras = [_spread(extra, y) for extra in extras]
     failed = kernel.run(
         x.data_ptr(),
         values.data_ptr(),
@@ -142,25 +143,27 @@ def _check(
     extras: Sequence[Tensor],
 ) -> None:
     """Everything that the C function takes on trust."""
-    dtype = kernel.dtype
-    for name, tensor in (("x", x), ("values", values), ("bias", bias), *_named(extras)):
-        if tensor is not None and tensor.dtype is not dtype:
+    for tensor, dtype in ((x, kernel.dtype), (values, kernel.dtype), (keys, torch.uint8)):
+        if tensor.dtype is not dtype:
+            name = "x" if tensor is x else "values" if tensor is values else "index or bits"
             raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=dtype)
-    if keys.dtype is not torch.uint8:
-        raise DtypeMismatch(name="index or bits", dtype=keys.dtype, needed=torch.uint8)
     if keys.shape[1] != kernel.row_bytes(x.shape[-1]):
-        raise _misshapen(
-            "x", x, f"its last size must fit {keys.shape[1]} bytes of index or bits a row"
-        )
-    if (bias is not None) != kernel.has_bias or len(extras) != kernel.extras:
+        rule = f"its last size must fit the {keys.shape[1]} bytes of index or bits of a row"
+        raise _misshapen("x", x, rule)
+    if (bias is not None) is not kernel.has_bias or len(extras) != kernel.extras:
         rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
         raise _misshapen("extras", x.new_empty(len(extras)), rule)
     if bias is not None and bias.shape != keys.shape[:1]:
         raise _misshapen("bias", bias, f"the weight has {keys.shape[0]} rows")
+    for operand in extras if bias is None else (bias, *extras):
+        if operand.dtype is not kernel.dtype:
+            name = "bias" if operand is bias else "an operand of the epilogue"
+            raise DtypeMismatch(name=name, dtype=operand.dtype, needed=kernel.dtype)
 
 
-def _named(extras: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(f"extras[{i}]", extra) for i, extra in enumerate(extras)]
+def _spread(extra: Tensor, y: Tensor) -> Tensor:
+    """An operand of the epilogue as the kernel reads it: contiguous, of the shape of y."""
+    return (extra if extra.shape == y.shape else extra.expand(y.shape)).contiguous()
 
 
 def _misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:

@@ -19,6 +19,7 @@ from torch import fx
 
 import sparsefx.ops  # noqa: F401  # registers torch.ops.sparsefx
 from sparsefx.codegen.onnx.functions import DOMAIN, VERSION
+from sparsefx.codegen.onnx.simplify import simplify
 
 DENSE_LINEAR = "Linear"
 
@@ -45,9 +46,11 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
             dynamo=True,
             opset_version=opset,
             custom_translation_table=_table(),
+            optimize=False,  # simplify.py says why
             verbose=False,
         )
-    assert onnx_program is not None
+        assert onnx_program is not None
+        simplify(onnx_program.model)
     return onnx_program.model
 
 
