@@ -1,6 +1,6 @@
-"""SmolLM2-135M with real weights: prune, compile, generate, explain, export to ONNX, and time it all.
+"""SmolLM2-135M with real weights: prune, compile, generate, explain, export to ONNX; all timed.
 
-    python examples/compile_smollm2.py [--tokens N] [--quick] [--out DIR]
+python examples/compile_smollm2.py [--tokens N] [--quick] [--out DIR]
 """
 
 import argparse
@@ -44,7 +44,7 @@ QUICK = Size(layers=2, context=128, windows=2)
 
 @dataclass
 class Line:
-    """One line of the final table: perplexity, tokens/s of reading and of writing; None: not taken."""
+    """A line of the final table: perplexity, tokens/s of reading, of writing; None: not taken."""
 
     name: str
     perplexity: float | None = None
@@ -53,8 +53,12 @@ class Line:
 
     def __str__(self) -> str:
         numbers = (self.perplexity, self.prefill, self.decode)
-        cells = ("-" if number is None else f"{number:,.1f}" for number in numbers)
+        cells = ("-" if number is None else _short(number) for number in numbers)
         return f"  {self.name:<26}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.1f}" if number < 1e6 else f"{number:.1e}"
 
 
 @dataclass
@@ -101,9 +105,7 @@ def prepare(size: Size, count: int, out: Path) -> Demo:
     """The model on the device at hand, the text, the cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with step("load SmolLM2-135M-Instruct (Q4_1, dequantised to float32)"):
-        model, tokenizer = smollm2()
-        model.model.layers = model.model.layers[: size.layers]
-        model.config.num_hidden_layers = size.layers
+        model, tokenizer = smollm2(layers=size.layers)
         model = model.to(device)
         tokens = evaluation_tokens(tokenizer, size.windows * size.context).to(device)
     cache = static_cache(model, size.context + 4 * count)
@@ -111,7 +113,7 @@ def prepare(size: Size, count: int, out: Path) -> Demo:
 
 
 def dense(demo: Demo) -> Decoder:
-    """Measures the dense model; its Inductor graph serves the pruned weights too, as they are inputs."""
+    """The dense model; its weights are inputs of Inductor's graph, which serves pruned ones too."""
     eager = Decoder(demo.model, demo.cache)
     with step("dense model, PyTorch eager: perplexity, then decoding"):
         line = judge(demo, "dense, eager", eager)
@@ -189,14 +191,12 @@ def explain(demo: Demo, fast: PreTrainedModel) -> None:
 def export(demo: Demo) -> None:
     """Packed ONNX, run by a stock onnxruntime on real text of another length than the example's."""
     path = demo.out / "smollm2.onnx"
-    model = copy(demo.model).cpu() if demo.model.device.type == "cuda" else demo.model
+    model = demo.model.cpu()
     example, ids = demo.tokens[None, :16].cpu(), demo.tokens[None, :48].cpu()
     shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=8192)}, "use_cache": None}
     with step(f"export to {path}"):
         arguments = {"input_ids": example, "use_cache": False}
-        sparsefx.export_onnx(
-            model, (), path, kwargs=arguments, dynamic_shapes=shapes, check=False
-        )
+        sparsefx.export_onnx(model, (), path, kwargs=arguments, dynamic_shapes=shapes, check=False)
     with step("run it with onnxruntime"):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
@@ -206,7 +206,9 @@ def export(demo: Demo) -> None:
     size = sum(file.stat().st_size for file in demo.out.glob("smollm2.onnx*")) / 1e6
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
     print(f"ONNX file: {size:.0f} MB, dense weights {weights:.0f} MB")
-    print(f"largest |onnxruntime - PyTorch|: {worst:.2e} (largest logit {expected.abs().max():.1f})")
+    print(
+        f"largest |onnxruntime - PyTorch|: {worst:.2e} (largest logit {expected.abs().max():.1f})"
+    )
 
 
 def table(demo: Demo) -> None:
@@ -216,10 +218,10 @@ def table(demo: Demo) -> None:
         print(line)
     before, after = (line.perplexity for line in demo.lines if line.perplexity is not None)
     print(
-        f"\nPerplexity {before:.1f} -> {after:,.0f}: one-shot magnitude pruning ruins this model. It is the\n"
-        "crudest criterion, and it is the only one SparseFX has so far: a known limit. The speeds and\n"
-        "sizes hold for any weights with the same pattern, well chosen or not. '-' was not measured,\n"
-        "to save the minutes that one more graph takes to compile."
+        f"\nPerplexity {before:.4g} dense, {after:.4g} pruned: one-shot magnitude pruning ruins\n"
+        "this model. It is the crudest criterion and the only one that SparseFX has so far: a\n"
+        "known limit. Speeds and sizes hold for any weights of the same pattern, well chosen or\n"
+        "not. '-': not measured, to save the minute that one more graph takes to compile."
     )
 
 

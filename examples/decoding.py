@@ -1,4 +1,4 @@
-"""A causal language model with a static KV cache, run so that torch.compile makes two graphs in all.
+"""A causal language model with a static KV cache, run so that torch.compile makes two graphs.
 
 One reads prompts (and takes perplexities), one decodes. A cache that grows, prompts of several
 lengths, or other keyword arguments than `.generate()` passes would each be one more graph.
@@ -57,10 +57,11 @@ class Decoder:
             return_dict=True,
             **mask,
         )
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
     def generate(self, ids: Tensor, count: int) -> Tensor:
-        """`count` greedy tokens after the prompt [1, n] by the model's own `.generate()`: [count]."""
+        """`count` greedy tokens after a prompt [1, n] by the model's own `.generate()`: [count]."""
         self.cache.reset()
         result = self.model.generate(
             ids.clone(memory_format=torch.contiguous_format),
@@ -71,7 +72,8 @@ class Decoder:
             do_sample=False,
             disable_compile=True,  # on a GPU `.generate()` would compile what is compiled already
         )
-        return result[0, ids.shape[1] :]
+        tokens: Tensor = result[0, ids.shape[1] :]
+        return tokens
 
 
 def seconds(decoder: Decoder, token: Tensor, position: int) -> float:

@@ -30,7 +30,8 @@ class Attention(nn.Module):
             for part in (self.query, self.key, self.value)
         )
         mixed = functional.scaled_dot_product_attention(q, k, v)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        joined: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return joined
 
 
 class MLP(nn.Module):
@@ -43,7 +44,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 384] -> [..., 384]."""
-        return self.fc2(functional.gelu(self.fc1(x)))
+        y: Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        return y
 
 
 class Layer(nn.Module):
@@ -61,7 +63,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, 384] -> the same shape."""
         x = x + self.layer_scale1 * self.attention(self.norm1(x))
-        return x + self.layer_scale2 * self.mlp(self.norm2(x))
+        y: Tensor = x + self.layer_scale2 * self.mlp(self.norm2(x))
+        return y
 
 
 class SaliencyHead(nn.Module):
@@ -82,7 +85,8 @@ class SaliencyHead(nn.Module):
         x = functional.relu(self.bn1(self.upconv1(x)))
         x = functional.relu(self.bn2(self.upconv2(x)))
         x = functional.relu(self.bn3(self.upconv3(x)))
-        return self.final_conv(x)
+        logits: Tensor = self.final_conv(x)
+        return logits
 
 
 class DinoV2Saliency(nn.Module):
@@ -98,7 +102,7 @@ class DinoV2Saliency(nn.Module):
         self.decoder = SaliencyHead()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Float [batch, 3, 224, 224], ImageNet-normalised -> saliency in (0, 1), [batch, 1, 224, 224]."""
+        """[batch, 3, 224, 224], ImageNet-normalised -> saliency in (0, 1), [batch, 1, 224, 224]."""
         patches = self.projection(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], 1) + self.positions
         for layer in self.layer:
@@ -111,7 +115,7 @@ class DinoV2Saliency(nn.Module):
 
 
 def load(path: Path) -> DinoV2Saliency:
-    """The network with the weights of the ONNX file at `path`; raises if one is missing or left over."""
+    """The network with the weights of an ONNX file; raises if one is missing or left over."""
     graph = onnx.load(path).graph
     stored = {item.name: item for item in graph.initializer}
     state = {_renamed(name): _tensor(stored[name]) for name in stored if "::" not in name}
@@ -146,7 +150,7 @@ def _position_names(graph: onnx.GraphProto) -> tuple[str, str]:
 
 
 def _positions(first: Tensor, table: Tensor) -> Tensor:
-    """Position of the class token, and the trained table resized to the 16 x 16 grid, [1, 257, 384]."""
+    """The class token's position and the trained table resized to 16 x 16: [1, 257, 384]."""
     side = int(table.shape[1] ** 0.5)
     square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     resized = functional.interpolate(square, size=(GRID, GRID), mode="bicubic")

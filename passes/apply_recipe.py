@@ -69,7 +69,7 @@ def _prune(
     attribute = Site(gm, candidate.node, author).constant(f"{name}_pruned", pruned)
     attribute.meta["sparsefx_parameter"] = name
     candidate.node.replace_input_with(weight, attribute)
-    ctx.baked.add(name)
+    ctx.baked.add(str(weight.target))
 
 
 def _kept(candidate: Candidate, pattern: Pattern) -> Tensor:

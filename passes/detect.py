@@ -11,6 +11,7 @@ from torch import fx
 from sparsefx.candidates import Candidate, candidates, rows_of, stored_weight
 from sparsefx.pipeline import PassContext
 from sparsefx.report import Row
+from sparsefx.rewrite import arguments
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ def _row(candidate: Candidate, ctx: PassContext) -> Row:
     row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
     if candidate.op == "attention":
         return _declined(row, "attention is dense: thresholded attention is not built yet")
+    if candidate.op == "layer":
+        return _declined(row, "its linears are inside one operator, which is left as it is")
     if candidate.op == "conv":
         return _declined(row, "convolution: there is no sparse kernel for convolutions yet")
     if candidate.op == "experts":
         return _declined(row, "a stack of expert weights: no kernel takes 3-d weights yet")
     if candidate.weight is None:
-        return _declined(row, "the weight is computed in the graph, not a parameter")
+        return _declined(row, "the weight is computed or changed in the graph, not a constant")
     return _weight_row(row, candidate, ctx)
 
 
@@ -50,7 +53,8 @@ def _weight_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     name = str(candidate.weight.target)
     ctx.dense[name] = weight
     out, in_ = stored_weight(candidate).shape
-    x = candidate.node.args[1 if candidate.node.target is torch.ops.aten.addmm.default else 0]
+    is_addmm = candidate.node.target is torch.ops.aten.addmm.default
+    x = arguments(candidate.node)[1 if is_addmm else 0]
     assert isinstance(x, fx.Node)
     rows, vary = rows_of(x)
     size = weight.numel() * weight.element_size()

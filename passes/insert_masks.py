@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsefx.candidates import Candidate, candidates
+from sparsefx.candidates import Candidate, candidates, parameter_name
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Site
 
@@ -36,7 +36,7 @@ class InsertMasks:
             return False
         if ctx.row(candidate.node).reason:
             return False
-        return self.only is None or str(candidate.weight.target) in self.only
+        return self.only is None or parameter_name(candidate.weight) in self.only
 
 
 def _insert(gm: fx.GraphModule, candidate: Candidate, author: str) -> None:

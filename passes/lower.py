@@ -8,15 +8,16 @@ guard="off", taken for granted. Every node gets its times or its reason in the r
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from sparsefx import guard
+from sparsefx import dump, guard
 from sparsefx.attributes import get_tensor
 from sparsefx.candidates import rows_of
 from sparsefx.epilogue import Step, parse
-from sparsefx.errors import KernelBuildFailed, KernelRunFailed
+from sparsefx.errors import KernelBuildFailed
 from sparsefx.ops import PACKED_OPS
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Site, erase
@@ -114,14 +115,14 @@ def _lower(options: Lower, packed: PackedNode) -> int:
     for kernel in options.target.kernels:
         if kernel.layout != spec.layout:
             continue
-        refusal = kernel.accepts(spec) or _mixed_dtypes(packed, spec)
+        refusal = kernel.accepts(spec) or _refusal(packed, spec)
         if refusal:
             reasons.append(f"{kernel.name}: {refusal}")
             continue
         try:
             if _try(options, packed, spec, kernel, reasons):
                 return 1
-        except (KernelBuildFailed, KernelRunFailed) as error:
+        except (KernelBuildFailed, OSError) as error:  # OSError: no place to keep the kernel
             reasons.append(f"{kernel.name}: {error}")
     layout = "N:M" if spec.layout == "nm" else "bitmap"
     nothing = f"target {options.target.name} has no {layout} kernel"
@@ -130,11 +131,16 @@ def _lower(options: Lower, packed: PackedNode) -> int:
     return 0
 
 
-def _mixed_dtypes(packed: PackedNode, spec: LinearSpec) -> str | None:
+def _refusal(packed: PackedNode, spec: LinearSpec) -> str | None:
+    """Why no kernel may have this node."""
     x = packed.node.args[0]
     assert isinstance(x, fx.Node)
     dtype = x.meta["val"].dtype
-    return None if dtype == spec.dtype else f"input is {dtype} and the weight {spec.dtype}"
+    if dtype != spec.dtype:
+        return f"input is {dtype} and the weight {spec.dtype}"
+    if packed.dense().is_inference():
+        return "torch counts no changes of a weight made in inference mode; load it outside of that"
+    return None
 
 
 def _try(
@@ -155,6 +161,7 @@ def _try(
         return False
     size = sum(tensor.numel() * tensor.element_size() for tensor in lowering.packed)
     packed.ctx.update(packed.node, kernel=kernel.name, stored_bytes=size)
+    dump.kernel(Path(lowering.path), lowering.text)
     packed.ctx.baked.add(packed.node.meta["sparsefx_weight"][0])
     _replace(packed, _kernel_call(packed, lowering))
     return True

@@ -31,14 +31,21 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module.register_buffer(leaf, value)
 
 
+def is_graph(module: nn.Module, name: str) -> bool:
+    """Whether a dotted name is a submodule: the body of a branch, not a tensor."""
+    owner, _, leaf = name.rpartition(".")
+    return isinstance(module.get_submodule(owner)._modules.get(leaf), nn.Module)
+
+
 def remove_unused(module: nn.Module, used: set[str]) -> None:
-    """Drops every parameter and buffer whose dotted name is not in `used`."""
+    """Drops every parameter and buffer whose dotted name is not in `used`, nor inside of one."""
+    bodies = tuple(f"{name}." for name in used if is_graph(module, name))
     tensors = (
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     )
     for name, _ in tensors:
-        if name not in used:
+        if name not in used and not name.startswith(bodies):
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
 

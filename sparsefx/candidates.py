@@ -6,13 +6,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 
+from sparsefx.attributes import is_graph
+from sparsefx.mutation import changed_in_graph
 from sparsefx.rewrite import arguments
 from sparsefx.shapes import hint, varies
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+# Those that normalise.py leaves alone (padding="same", transposed ones) as torch's functions.
+CONVOLUTIONS = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    }
+)
+# Several linears and an attention in one call, which Dynamo does not look into.
+WHOLE_LAYERS = frozenset(
+    {
+        torch.nn.functional.multi_head_attention_forward,
+        torch._native_multi_head_attention,
+        torch._transformer_encoder_layer_fwd,
+    }
+)
 ATTENTION = aten.scaled_dot_product_attention.default
 _MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
 
@@ -29,7 +49,8 @@ _LINEARS = {
 class Candidate:
     """One candidate node.
 
-    op: "linear", "conv", "attention" or "experts" (a stack of weights, one parameter); name: the
+    op: "linear", "conv", "attention", "experts" (a stack of weights, one parameter) or "layer"
+    (linears inside one operator or a graph of their own: a branch, a checkpointed body); name: the
     module it comes from; weight: its get_attr node where it has a constant one; transposed: whether
     that weight is stored [in, out].
     """
@@ -48,6 +69,10 @@ def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
             yield from _linear(node)
         elif node.target in CONVOLUTIONS:
             yield Candidate(node, "conv", module_path(node))
+        elif node.target in WHOLE_LAYERS:
+            yield Candidate(node, "layer", module_path(node))
+        elif isinstance(node.target, HigherOrderOperator) and _holds_linears(gm, node):
+            yield Candidate(node, "layer", module_path(node))
         elif node.target is ATTENTION or _is_eager_attention(node):
             yield Candidate(node, "attention", module_path(node))
         else:
@@ -86,22 +111,44 @@ def module_path(node: fx.Node) -> str:
 def _linear(node: fx.Node) -> Iterator[Candidate]:
     position, transposed = _LINEARS[node.target]  # type: ignore[index]  # target is an overload here
     weight = arguments(node)[position]
-    if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.meta["val"].dim() == 2:
+    if isinstance(weight, fx.Node) and _is_constant(weight) and weight.meta["val"].dim() == 2:
         yield Candidate(node, "linear", _layer_name(node, weight), weight, transposed)
     elif node.target is aten.linear.default:
         yield Candidate(node, "linear", module_path(node))
 
 
+def _is_constant(weight: fx.Node) -> bool:
+    return weight.op == "get_attr" and not changed_in_graph(weight)
+
+
 def _experts(node: fx.Node) -> Iterator[Candidate]:
-    if node.op == "output":
+    if node.op == "output" or node.target in _ELEMENTWISE:
         return
     for source in node.all_input_nodes:
         value = source.meta.get("val")
-        if source.op == "get_attr" and isinstance(value, nn.Parameter) and value.dim() == _STACK:
+        if source.op == "get_attr" and isinstance(value, nn.Parameter) and _is_stack(value):
             yield Candidate(node, "experts", parameter_name(source))
 
 
-_STACK = 3  # [experts, out, in]; a 1-d convolution's weight is 3-d too, and handled before
+def _is_stack(value: Tensor) -> bool:
+    """[experts, out, in]. A position embedding is [1, positions, width]."""
+    return value.dim() == len(("experts", "out", "in")) and min(value.shape) > 1
+
+
+_ELEMENTWISE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor})
+
+
+def _holds_linears(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a branch or a checkpointed body, which is a graph of its own, has linears."""
+    names = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+    bodies = (gm.get_submodule(name) for name in names if is_graph(gm, name))
+    linears = {*_LINEARS, torch.nn.functional.linear, torch._C._nn.linear}
+    return any(
+        inner.target in linears
+        for body in bodies
+        if isinstance(body, fx.GraphModule)
+        for inner in body.graph.nodes
+    )
 
 
 def _layer_name(node: fx.Node, weight: fx.Node) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
-from sparsefx.graph import Bound, bind, unbind
+from sparsefx.graph import Bound, bind, unbind, weight_name
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.session import GraphRecord, Session, remember_weights
 from sparsefx.variants import Compiled, Variant, Variants
@@ -87,10 +87,11 @@ class Compiler:
     def _respecialise(self, gm: fx.GraphModule, args: Sequence[object]) -> Variant:
         """Once more, outside Dynamo, for other weights: sizes are those of the first capture."""
         self._weights.forget()
-        fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        fakes = [node.meta["example_value"] for node in placeholders]
         inputs = [
-            given if isinstance(given, nn.Parameter) else fake
-            for given, fake in zip(args, fakes, strict=True)
+            given if weight_name(node) else fake
+            for node, given, fake in zip(placeholders, args, fakes, strict=True)
         ]
         fake_mode = detect_fake_mode(fakes)
         with tracing(TracingContext(fake_mode)), torch.no_grad():

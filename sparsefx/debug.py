@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsefx.errors import InvalidSetting
 
-DUMP_KINDS = ("passes", "kernels", "onnx")
+DUMP_KINDS = ("passes", "kernels")
 
 
 @dataclass(frozen=True)

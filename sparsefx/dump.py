@@ -1,4 +1,4 @@
-"""SPARSEFX_DUMP=passes: a graph as a Python file that runs by itself."""
+"""SPARSEFX_DUMP: graphs as Python files that run by themselves, and the text of kernels."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from sparsefx.attributes import get_tensor, set_tensor
+from sparsefx import debug
+from sparsefx.attributes import get_tensor, is_graph, set_tensor
 from sparsefx.files import replacing, write_atomically
 from sparsefx.shapes import hint
 
@@ -30,8 +31,7 @@ ATTRIBUTES = {attributes}
 INPUTS = {inputs}
 
 
-class Graph(torch.nn.Module):
-{code}
+{classes}
 
 if __name__ == "__main__":
     graph = load(Graph(), ATTRIBUTES, __file__)
@@ -45,15 +45,19 @@ def write(gm: fx.GraphModule, folder: Path, graph: int, number: int, name: str, 
     path = folder / f"graph{graph}" / f"{number:02d}_{name}.py"
     tensors = _tensors(gm)
     small = sum(t.numel() * t.element_size() for t in tensors.values()) <= WEIGHTS_LIMIT
-    code = gm.graph.python_code("self")
+    bodies = _bodies(gm)
+    codes = {key: body.graph.python_code("self") for key, body in {**bodies, "": gm}.items()}
     text = _FILE.format(
         title=f"Graph {graph} after {name}, stage {stage}.",
         file=path.name,
         weights_note="in the .safetensors file beside it" if small else "random, too large to dump",
-        imports=_format_import_block(code.globals, sys_importer).strip(),
+        imports=_format_import_block(
+            {key: value for code in codes.values() for key, value in code.globals.items()},
+            sys_importer,
+        ).strip(),
         attributes=_table({k: _describe(t) for k, t in tensors.items()}),
         inputs=_table({n.name: _input(n) for n in gm.graph.find_nodes(op="placeholder")}),
-        code="\n".join(f"    {line}" if line else "" for line in code.src.strip().split("\n")),
+        classes="\n\n\n".join(_class(key, code.src, bodies) for key, code in codes.items()),
     )
     write_atomically(path, text.encode())
     if small:
@@ -61,6 +65,13 @@ def write(gm: fx.GraphModule, folder: Path, graph: int, number: int, name: str, 
         with replacing(path.with_suffix(".safetensors")) as temporary:
             save_file(copies, temporary)
     return path
+
+
+def kernel(path: Path, text: str) -> None:
+    """With SPARSEFX_DUMP=kernels, writes a chosen kernel's source into `<dump folder>/kernels`."""
+    settings = debug.settings()
+    if "kernels" in settings.dump:
+        write_atomically(settings.dump_folder / "kernels" / path.name, text.encode())
 
 
 def load(
@@ -87,8 +98,41 @@ def _random(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def _tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
-    names = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
-    return {name: get_tensor(gm, name) for name in names}
+    return {
+        f"{prefix}{name}": get_tensor(graph, name)
+        for prefix, graph in {**{f"{key}.": body for key, body in _bodies(gm).items()}, "": gm}.items()
+        for name in _attributes(graph)
+        if not is_graph(graph, name)
+    }
+
+
+def _attributes(gm: fx.GraphModule) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr")))
+
+
+def _bodies(gm: fx.GraphModule, prefix: str = "") -> dict[str, fx.GraphModule]:
+    """Dotted name -> graph of each branch or checkpointed body, the innermost first."""
+    found: dict[str, fx.GraphModule] = {}
+    for name in _attributes(gm):
+        body = gm.get_submodule(name) if is_graph(gm, name) else None
+        if isinstance(body, fx.GraphModule):
+            found.update(_bodies(body, f"{prefix}{name}."))
+            found[f"{prefix}{name}"] = body
+    return found
+
+
+def _class(name: str, source: str, bodies: dict[str, fx.GraphModule]) -> str:
+    """A graph as a class; it makes those of its own branches."""
+    inner = [each for each in bodies if each.rpartition(".")[0] == name]
+    made = [f"self.{each.rpartition('.')[2]} = {_class_name(each)}()" for each in inner]
+    setup = ["def __init__(self):", *(f"    {line}" for line in ("super().__init__()", *made)), ""]
+    lines = (setup if made else []) + source.strip().split("\n")
+    text = "\n".join(f"    {line}" if line else "" for line in lines)
+    return f"class {_class_name(name)}(torch.nn.Module):\n{text}"
+
+
+def _class_name(name: str) -> str:
+    return "Graph" + "".join(part.title().replace("_", "") for part in name.split(".") if part)
 
 
 def _describe(tensor: Tensor) -> tuple[tuple[int, ...], str]:

@@ -10,16 +10,17 @@ placeholders; `unbind` turns those that are still used back before Inductor sees
 """
 
 import copy
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsefx.attributes import get_tensor, remove_unused, set_tensor
+from sparsefx.attributes import get_tensor, is_graph, remove_unused, set_tensor
 from sparsefx.normalise import normalise
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def capture(
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = get_tensor(module, str(node.target))  # the real one, not export's fake
+        if not is_graph(module, str(node.target)):
+            node.meta["val"] = get_tensor(module, str(node.target))  # the real one, not a fake
     return normalise(module)
 
 
@@ -73,14 +75,17 @@ def bind(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Bound:
     inputs = graph_copy.graph.find_nodes(op="placeholder")
     placeholders: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
+    names = _Names(set(dir(graph_copy)))
     for node, value in zip(inputs, example_inputs, strict=True):
-        name = _weight_name(node)
-        if name is None or not isinstance(value, Tensor):
+        parameter = weight_name(node)
+        if parameter is None or not _is_readable(value):
             continue
+        name = names.take(parameter)
         set_tensor(graph_copy, name, value)
         with graph_copy.graph.inserting_after(inputs[-1]):
             attribute = graph_copy.graph.get_attr(name)
-        attribute.meta["val"] = value
+        attribute.meta.update(val=value, sparsefx_parameter=parameter)
+        attribute.meta["example_value"] = node.meta.get("example_value")
         node.replace_all_uses_with(attribute)
         placeholders[name], weights[name] = node.name, value
     return Bound(normalise(graph_copy), placeholders, weights)
@@ -106,6 +111,49 @@ def unbind(bound: Bound) -> fx.GraphModule:
     return gm
 
 
+class _Names:
+    """Gives each weight a name that nothing else on the graph module has.
+
+    Two models called in one function have weights of one name; and a graph module has attributes of
+    its own, such as `graph` and `code`.
+    """
+
+    def __init__(self, reserved: set[str]) -> None:
+        self._reserved = reserved
+        self._taken: set[str] = set()
+        self._owners: set[str] = set()
+
+    def take(self, wanted: str) -> str:
+        """`wanted`, or the same behind a number."""
+        numbered = (f"_{number}_{wanted}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain((wanted,), numbered) if self._is_free(name))
+        self._taken.add(name)
+        self._owners.update(_owners(name))
+        return name
+
+    def _is_free(self, name: str) -> bool:
+        owners = _owners(name)
+        return not (
+            (owners or [name])[0] in self._reserved
+            or name in self._taken
+            or name in self._owners
+            or self._taken.intersection(owners)
+        )
+
+
+def _owners(name: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b"]."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _is_readable(value: object) -> TypeGuard[Tensor]:
+    """Whether the numbers of a weight can be looked at: not of a fake, a subclass, or on meta."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
+        return False
+    return not value.is_meta and value.layout is torch.strided
+
+
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose nodes may be edited; Dynamo keeps using the original."""
     duplicate = fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -127,21 +175,23 @@ def _flatten(gm: fx.GraphModule) -> None:
     from torch._dynamo.source import ConstantSource
 
     sources = gm.__dict__.get("_param_name_to_source")
+    names: dict[str, str] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         dotted = str(node.target)
-        if sources is None or dotted in sources:
+        if sources is None or dotted in sources or is_graph(gm, dotted):
             continue
-        flat = "_sparsefx_" + dotted.replace(".", "_")
-        gm.register_buffer(flat, get_tensor(gm, dotted))
-        node.target = flat
-        sources[flat] = ConstantSource(source_name=flat)
+        if dotted not in names:  # numbered, because a.b_c and a_b.c are two tensors
+            flat = names[dotted] = f"_sparsefx_{len(names)}_{dotted.replace('.', '_')}"
+            gm.register_buffer(flat, get_tensor(gm, dotted))
+            sources[flat] = ConstantSource(source_name=flat)
+        node.target = names[dotted]
     remove_unused(gm, {str(node.target) for node in gm.graph.find_nodes(op="get_attr")})
 
 
 _STEP = re.compile(r"\._(modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
-def _weight_name(node: fx.Node) -> str | None:
+def weight_name(node: fx.Node) -> str | None:
     """ "model.layers.0.weight" from `L['self']._modules['model']...`, or None for other inputs."""
     source = node.__dict__.get("_dynamo_source")
     if source is None:

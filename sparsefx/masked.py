@@ -35,16 +35,18 @@ Pack = Callable[[Site, MaskedLinear], Built]
 def rules(pack: Pack) -> tuple[Rule, ...]:
     """Rules that call `pack` at each masked linear, however it is written."""
 
+    def _pack(site: Site, linear: MaskedLinear) -> Built:
+        misfit = _misfit(site, linear)
+        return Decline(misfit) if misfit else pack(site, linear)
+
     def linear(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node | None) -> Built:
-        return pack(site, MaskedLinear(x, w, b, transposed=False))
+        return _pack(site, MaskedLinear(x, w, b, transposed=False))
 
     def product(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node) -> Built:
-        return pack(site, MaskedLinear(x, w, None, transposed=True))
+        return _pack(site, MaskedLinear(x, w, None, transposed=True))
 
     def addmm(site: Site, x: fx.Node, w: fx.Node, keep: fx.Node, b: fx.Node) -> Built:
-        if b.meta["val"].dim() != 1:
-            return Decline("the addend of addmm is not a bias vector")
-        return pack(site, MaskedLinear(x, w, b, transposed=True))
+        return _pack(site, MaskedLinear(x, w, b, transposed=True))
 
     return (
         Rule(call(aten.linear.default)(Var("x"), _mask, Var("b")), linear),
@@ -52,3 +54,14 @@ def rules(pack: Pack) -> tuple[Rule, ...]:
         Rule(call(aten.matmul.default)(Var("x"), _mask), product),
         Rule(call(aten.mm.default)(Var("x"), _mask), product),
     )
+
+
+def _misfit(site: Site, linear: MaskedLinear) -> str | None:
+    """Why a packed operator would not mean the same."""
+    out = linear.weight.shape[1 if linear.transposed else 0]
+    result, dtype = site.root.meta["val"].dtype, linear.weight.dtype
+    if linear.bias is not None and tuple(linear.bias.meta["val"].shape) != (out,):
+        return f"what is added is no bias vector of {out} numbers"
+    if result != dtype:
+        return f"autocast computes this layer in {result} and its weight is {dtype}"
+    return None

@@ -19,6 +19,7 @@ _FUNCTIONS: dict[object, torch._ops.OpOverload] = {
     torch._C._nn.linear: aten.linear.default,
     torch.addmm: aten.addmm.default,
     torch.matmul: aten.matmul.default,
+    torch.mm: aten.mm.default,
     operator.matmul: aten.matmul.default,
     torch.conv1d: aten.conv1d.default,
     torch.conv2d: aten.conv2d.default,
@@ -26,6 +27,7 @@ _FUNCTIONS: dict[object, torch._ops.OpOverload] = {
     F.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
     torch._C._nn.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
     torch.softmax: aten.softmax.int,
+    F.softmax: aten.softmax.int,
     F.relu: aten.relu.default,
     torch.relu: aten.relu.default,
     F.silu: aten.silu.default,
@@ -40,6 +42,7 @@ _FUNCTIONS: dict[object, torch._ops.OpOverload] = {
 }
 _METHODS: dict[str, torch._ops.OpOverload] = {
     "matmul": aten.matmul.default,
+    "mm": aten.mm.default,
     "softmax": aten.softmax.int,
     "relu": aten.relu.default,
     "add": aten.add.Tensor,
@@ -66,26 +69,27 @@ def _to_overload(node: fx.Node) -> None:
         overload = _METHODS.get(str(node.target))
     else:
         return
-    if node.target is F.softmax:
-        overload = aten.softmax.int
-    if overload is None or not _fits(node, overload):
+    if overload is None:
         return
-    kwargs = _known_kwargs(node, overload)
-    if kwargs is None:
+    arguments = _arguments(node, overload)
+    if arguments is None or not _fits(node, overload, arguments[0]):
         return
-    node.op, node.target, node.kwargs = "call_function", overload, kwargs
+    node.op, node.target = "call_function", overload
+    node.args, node.kwargs = arguments
 
 
-def _fits(node: fx.Node, overload: torch._ops.OpOverload) -> bool:
+def _fits(node: fx.Node, overload: torch._ops.OpOverload, args: tuple[Argument, ...]) -> bool:
     """Whether the call means the overload: `2 * n` on sizes or in-place variants do not."""
-    if not isinstance(node.meta.get("val"), torch.Tensor) or not node.args:
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not args:
         return False
-    first = node.args[0]
+    first = args[0]
     if not isinstance(first, fx.Node) or not isinstance(first.meta.get("val"), torch.Tensor):
         return False
     if overload in _BINARY:
-        return len(node.args) == 2 and _is_operand(node.args[1])
-    return True
+        return len(args) == 2 and _is_operand(args[1])
+    if overload is aten.softmax.int:
+        return len(args) > 1 and isinstance(args[1], int)  # F.softmax may guess its dimension
+    return "same" not in args and "valid" not in args  # conv2d.padding is another overload
 
 
 def _is_operand(value: object) -> bool:
@@ -94,12 +98,29 @@ def _is_operand(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _known_kwargs(node: fx.Node, overload: torch._ops.OpOverload) -> dict[str, Argument] | None:
-    """The call's keyword arguments under the overload's names, or None if one has no place."""
-    legal = {argument.name for argument in overload._schema.arguments}
+def _arguments(
+    node: fx.Node, overload: torch._ops.OpOverload
+) -> tuple[tuple[Argument, ...], dict[str, Argument]] | None:
+    """The call's arguments as the overload takes them, or None if one has no place.
+
+    Positional ones come by position, however they were given: passes read them there.
+    """
     kwargs = dict(node.kwargs)
     if kwargs.get("inplace") is False:
         del kwargs["inplace"]
-    if len(node.args) + len(kwargs) > len(legal):
+    schema = overload._schema.arguments
+    positional = [argument.name for argument in schema if not argument.kwarg_only]
+    if len(node.args) > _positions(node.target, positional):
         return None
-    return kwargs if set(kwargs) <= legal else None
+    args = list(node.args)
+    for name in positional[len(args) :]:
+        if name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
+    later = {argument.name for argument in schema} - set(positional[: len(args)])
+    return (tuple(args), kwargs) if set(kwargs) <= later else None
+
+
+def _positions(target: object, positional: list[str]) -> int:
+    """How many positional arguments mean the same to the call and to the overload."""
+    return 2 if target is F.softmax else len(positional)  # its third is the depth of a warning

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsefx import debug, dump
-from sparsefx.attributes import get_tensor, remove_unused
+from sparsefx.attributes import get_tensor, is_graph, remove_unused
 from sparsefx.errors import InvalidGraph
 from sparsefx.ops import MASKED_OPS, PACKED_OPS
 from sparsefx.report import Row
@@ -89,8 +89,8 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], ctx: PassContext) -> dict[st
             continue
         started = time.perf_counter()
         counts[each.name] = each(gm, ctx)
-        _tidy(gm)
         verify(gm, each.stage, each.name)
+        _tidy(gm)
         ctx.seconds[each.name] = time.perf_counter() - started
         if "passes" in settings.dump:
             dump.write(gm, settings.dump_folder, ctx.graph, number, each.name, each.stage)
@@ -99,13 +99,17 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], ctx: PassContext) -> dict[st
 
 def verify(gm: fx.GraphModule, stage: str, after: str) -> None:
     """Raises InvalidGraph unless `gm` holds only what `stage` allows and is well formed."""
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError, TypeError) as error:  # as torch.fx reports what is amiss
+        raise InvalidGraph(after=after, stage=stage, rule=str(error)) from error
     allowed = STAGES[stage]
     for node in gm.graph.nodes:
         if _is_dialect(node) and node.target not in allowed:
             raise InvalidGraph(after=after, stage=stage, rule=f"{node.target} may not appear")
         if "sparsefx" in node.meta and "val" not in node.meta:
             raise InvalidGraph(after=after, stage=stage, rule=f"node {node.name} has no value")
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not _is_body(gm, node):
             _verify_attribute(gm, node, stage, after)
 
 
@@ -120,6 +124,14 @@ def _verify_attribute(gm: fx.GraphModule, node: fx.Node, stage: str, after: str)
         raise InvalidGraph(after=after, stage=stage, rule=rule)
 
 
+def _is_body(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a get_attr node is a branch of control flow, which torch keeps as a submodule."""
+    try:
+        return is_graph(gm, str(node.target))
+    except AttributeError:  # nor is its owner there
+        return False
+
+
 def _is_dialect(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "sparsefx"
@@ -127,5 +139,4 @@ def _is_dialect(node: fx.Node) -> bool:
 
 def _tidy(gm: fx.GraphModule) -> None:
     remove_unused(gm, {str(node.target) for node in gm.graph.find_nodes(op="get_attr")})
-    gm.graph.lint()
     gm.recompile()

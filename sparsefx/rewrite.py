@@ -7,6 +7,7 @@
 and returns the new node, a `Decline("reason")`, or None where the site is not this rule's business.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument
 
-from sparsefx.attributes import set_tensor
+from sparsefx.attributes import get_tensor, set_tensor
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,34 @@ class Site:
         return node
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A tensor attribute of the graph module as a node; an existing `name` is used again."""
+        """A tensor attribute of the graph module as a node.
+
+        An attribute that exists and holds the same numbers is used again; if it holds others, as a
+        buffer of the model may, the new one is called `name_2` and so on.
+        """
+        name = _free_name(self.gm, name, value)
         set_tensor(self.gm, name, value)
         with self.gm.graph.inserting_before(self.root):
             node = self.gm.graph.get_attr(name)
         node.meta["val"] = value
         node.meta["sparsefx"] = self.author
         return node
+
+
+def _free_name(gm: fx.GraphModule, name: str, value: Tensor) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain((name,), numbered) if _may_hold(gm, each, value))
+
+
+def _may_hold(gm: fx.GraphModule, name: str, value: Tensor) -> bool:
+    try:
+        present = get_tensor(gm, name)
+    except AttributeError:  # nothing of that name yet
+        return True
+    if present is value:
+        return True
+    alike = present.dtype == value.dtype and present.device == value.device
+    return alike and torch.equal(present, value)
 
 
 Built = fx.Node | Decline | None
@@ -159,7 +181,7 @@ def erase(gm: fx.GraphModule, node: fx.Node) -> None:
     inputs = list(node.all_input_nodes)
     gm.graph.erase_node(node)
     for producer in inputs:
-        if not producer.users and _is_pure(producer):
+        if not producer.users and not producer._erased and _is_pure(producer):
             erase(gm, producer)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsefx.weights import version
+from sparsefx.weights import Version, version
 
 Compiled = Callable[..., object]
 
@@ -22,7 +22,7 @@ class Variant:
     """A compiled graph and the weights it holds for: (input position, tensor, version)."""
 
     function: Compiled
-    bound: tuple[tuple[int, Tensor, int], ...]
+    bound: tuple[tuple[int, Tensor, Version], ...]
 
     def holds(self, args: Sequence[object]) -> bool:
         """Whether `args` bring the same weights, unchanged."""

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sparsefx.detect import Found, tightest
 
+Version = tuple[int, int]
+"""In-place changes counted by torch, and address."""
+
 
 @dataclass
 class WeightMemo:
@@ -16,18 +19,19 @@ class WeightMemo:
     graphs hold the same packed tensors.
     """
 
-    _found: "dict[tuple[int, int, bool], tuple[Tensor, Found]]" = field(default_factory=dict)
-    _packed: "dict[tuple[int, int, bool, str], tuple[Tensor, tuple[Tensor, ...]]]" = field(
+    _found: "dict[tuple[int, Version, bool], tuple[Tensor, Found]]" = field(default_factory=dict)
+    _packed: "dict[tuple[int, Version, bool, str], tuple[Tensor, tuple[Tensor, ...]]]" = field(
         default_factory=dict
     )
 
     def found(self, weight: Tensor, transposed: bool) -> Found:
         """The tightest pattern in `weight`, seen as [out, in]; `transposed` if stored [in, out]."""
         key = (id(weight), version(weight), transposed)
-        if key not in self._found:
+        known = self._found.get(key)
+        if known is None:
             stored = weight.detach().t().contiguous() if transposed else weight.detach()
-            self._found[key] = (weight, tightest(stored))  # holding it keeps the id valid
-        return self._found[key][1]
+            known = self._found[key] = (weight, tightest(stored))  # holding it keeps the id valid
+        return known[1]  # not self._found[key]: another thread may have called forget()
 
     def packed(
         self,
@@ -38,10 +42,11 @@ class WeightMemo:
     ) -> tuple[Tensor, ...]:
         """`pack(weight as [out, in])`, made once per weight and layout."""
         key = (id(weight), version(weight), transposed, layout)
-        if key not in self._packed:
+        known = self._packed.get(key)
+        if known is None:
             stored = weight.detach().t() if transposed else weight.detach()
-            self._packed[key] = (weight, pack(stored.contiguous()))
-        return self._packed[key][1]
+            known = self._packed[key] = (weight, pack(stored.contiguous()))
+        return known[1]
 
     def pruned(
         self, weight: Tensor, transposed: bool, how: str, prune: Callable[[], Tensor]
@@ -55,6 +60,10 @@ class WeightMemo:
         self._packed.clear()
 
 
-def version(tensor: Tensor) -> int:
-    """Counts in-place changes; -1 for inference tensors, which do not keep count."""
-    return -1 if tensor.is_inference() else tensor._version
+def version(tensor: Tensor) -> Version:
+    """What differs once a tensor was changed in place, or given other memory (`w.data = ...`).
+
+    Two changes cannot be told: those in place through `w.data` and those of inference tensors,
+    for which torch keeps no count.
+    """
+    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()

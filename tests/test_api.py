@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +242,16 @@ def test_report_round_trip(tmp_path: object) -> None:
     sparsefx.explain(fast).to_json(path)
     with open(path) as file:
         assert len(json.load(file)["rows"]) == 2
+
+
+@torch.no_grad()
+def test_chosen_kernels_can_be_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFX_DUMP", "kernels")
+    monkeypatch.setenv("SPARSEFX_DUMP_FOLDER", str(tmp_path))
+    sparsefx.compile(two(), guard="off")(torch.randn(4, 32))
+    texts = [path.read_text() for path in (tmp_path / "kernels").iterdir()]
+    assert len(texts) == 2  # with and without an epilogue
+    assert all("2:4" in text.splitlines()[0] for text in texts)
 
 
 def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:

@@ -153,13 +153,6 @@ def test_a_damaged_library_is_built_again(cache: Path) -> None:
     assert _run(low) == [13.0, 27.0]
 
 
-def test_dump(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEFX_DUMP", "kernels")
-    monkeypatch.setenv("SPARSEFX_DUMP_FOLDER", str(tmp_path / "dump"))
-    low = _lower()
-    assert [path.read_text() for path in (tmp_path / "dump").iterdir()] == [low.text]
-
-
 _CHILD = """
 import sys, torch
 from sparsefx.codegen.cpp import CppLinear

@@ -50,8 +50,6 @@ def build(kernel: str, source: str, isa_flags: tuple[str, ...]) -> tuple[str, Pa
     path = library(handle)
     if path is None:
         path = _store(handle, source, _compile(kernel, source, (found.path, *flags)))
-    if "kernels" in settings().dump:
-        write_atomically(settings().dump_folder / f"{handle}.cpp", source.encode())
     return handle, path
 
 

@@ -1,0 +1,96 @@
+"""SparseFX's own share of compile time and memory, on pruned SmolLM2-135M.
+
+    python benchmarks/compile_time.py [--layers 30] [--json benchmarks/results/NAME.json]
+
+Own share: capture into normal form, passes, packing, kernel generation, without measuring
+(guard="model") and without Inductor. Memory: the largest resident set while compiling, less what
+the loaded model took. Limits: 20 s on two cores, 1.5 times the weights.
+"""
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
+
+import sparsefx
+from benchmarks.record import machine, write
+from examples.compile_smollm2 import RECIPE
+from examples.real_models import smollm2
+
+SECONDS, MEMORY = 20.0, 1.5
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the seconds of each pass, the totals and the limits; `--json` keeps them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=30, help="of the model's 30")
+    parser.add_argument("--json", type=Path, help="keep machine, versions and figures here")
+    options = parser.parse_args(arguments)
+    result = measure(options.layers)
+    for key, value in {**machine(), **result}.items():
+        print(f"{key}: {value}")
+    own, share = result["own seconds"], result["memory / weights"]
+    print(f"own share {own} s (limit {SECONDS}), memory {share} x the weights (limit {MEMORY})")
+    if options.json:
+        write(options.json, {"layers": options.layers}, [result])
+
+
+def measure(layers: int) -> dict[str, object]:
+    """Compiles the graph of a prompt of 128 tokens; all figures by name."""
+    model, _ = smollm2(layers=layers)
+    sparsefx.sparsify(model, RECIPE, inplace=True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    ids = torch.arange(128)[None]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)  # buffers that PyTorch itself needs
+        with peak_memory() as memory:
+            start = time.perf_counter()
+            fast = sparsefx.compile(model, guard="model", dynamic=False)
+            fast(input_ids=ids, use_cache=False)
+            total = time.perf_counter() - start
+    facts = sparsefx.explain(fast).facts
+    passes = {key: value for key, value in facts.items() if key.startswith("seconds in ")}
+    return {
+        **passes,
+        "own seconds": float(facts["seconds in passes"]),
+        "seconds with Inductor": round(total, 1),
+        "weights MB": round(weights / 1e6),
+        "peak MB beyond the model, Inductor included": round(memory[0] / 1e6),
+        "memory / weights": round(memory[0] / weights, 2),
+    }
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list of one: afterwards, the largest growth of the resident set, bytes."""
+    before, done = _resident(), threading.Event()
+    peak = [0]
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], _resident() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+if __name__ == "__main__":
+    main()
