@@ -104,7 +104,7 @@ class DinoV2Saliency(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[batch, 3, 224, 224], ImageNet-normalised -> saliency in (0, 1), [batch, 1, 224, 224]."""
         patches = self.projection(image).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], 1) + self.positions
+        x = torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches], 1) + self.positions
         for layer in self.layer:
             x = layer(x)
         features = self.layernorm(x)[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))

@@ -158,10 +158,11 @@ def _copy_description(model: nn.Module, source: Path, out: Path) -> None:
     pretrained(model).config.save_pretrained(out)
 
 
-def _dynamic(inputs: Mapping[str, object]) -> dict[str, dict[int, str]]:
+def _dynamic(inputs: Mapping[str, object]) -> dict[str, object]:
     """Batch varies everywhere; the second axis too where the input is a sequence of tokens."""
+    free = torch.export.Dim.DYNAMIC
     return {
-        name: {0: "batch", 1: "length"} if tensor.dim() == 2 else {0: "batch"}
+        name: {0: free, 1: free} if tensor.dim() == 2 else {0: free}
         for name, tensor in inputs.items()
         if isinstance(tensor, Tensor)
     }
