@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py [--layers 30] [--json benchmarks/results/NAME.json]
 
-Own share: capture into normal form, passes, packing, kernel generation, without measuring
+Own share: all passes, packing and the generation of kernels among them, without measuring
 (guard="model") and without Inductor. Memory: the largest resident set while compiling, less what
-the loaded model took. Limits: 20 s on two cores, 1.5 times the weights.
+the loaded model took; Inductor's is in it. Limits: 20 s on two cores, 1.5 times the weights.
 """
 
 import argparse

@@ -115,14 +115,14 @@ def prepare(size: Size, count: int, out: Path) -> Demo:
 def dense(demo: Demo) -> Decoder:
     """The dense model; its weights are inputs of Inductor's graph, which serves pruned ones too."""
     eager = Decoder(demo.model, demo.cache)
-    with step("dense model, PyTorch eager: perplexity, then decoding"):
+    with step("dense model, PyTorch eager: perplexity"):
         line = judge(demo, "dense, eager", eager)
-        line.decode = decode(demo, eager)[0]
     inductor = copy(demo.model)
     inductor.compile(dynamic=False)
     compiled = Decoder(inductor, demo.cache)
-    with step("dense model, torch.compile (Inductor): the decoding graph"):
-        demo.lines.append(Line("dense, Inductor", decode=decode(demo, compiled)[0]))
+    with step("dense model, torch.compile (Inductor): the graph that writes; both in turns"):
+        line.decode, baseline = decode(demo, eager, compiled)
+        demo.lines.append(Line("dense, Inductor", decode=baseline))
     return compiled
 
 
@@ -219,9 +219,9 @@ def table(demo: Demo) -> None:
     before, after = (line.perplexity for line in demo.lines if line.perplexity is not None)
     print(
         f"\nPerplexity {before:.4g} dense, {after:.4g} pruned: one-shot magnitude pruning ruins\n"
-        "this model. It is the crudest criterion and the only one that SparseFX has so far: a\n"
-        "known limit. Speeds and sizes hold for any weights of the same pattern, well chosen or\n"
-        "not. '-': not measured, to save the minute that one more graph takes to compile."
+        "this model. It is the crudest criterion and the only one that SparseFX has so far:\n"
+        "a known limit. Speeds and sizes hold for any weights of the same pattern, well chosen\n"
+        "or not. '-': not measured, to save the minute that one more graph takes to compile."
     )
 
 

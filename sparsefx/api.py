@@ -94,7 +94,8 @@ def compile(
     trained = frozenset(annotations(model))
     compiler = Compiler(_plan(chosen, guard, mode, None, trained), session)
     fast = _shell(model)
-    fast.compile(backend=compiler, dynamic=dynamic)
+    traced = torch.compile(_entry(fast), backend=compiler, dynamic=dynamic)
+    fast._compiled_call_impl = traced  # what nn.Module.compile sets, and __call__ runs
     remember_model(fast, session)
     return fast
 
@@ -310,6 +311,20 @@ def _judge(target: Target, guard: str) -> Judge:
         return guards.model(spec, device, cache=cache)
 
     return measured if guard == "measure" else modelled
+
+
+def _entry(model: nn.Module) -> Callable[..., object]:
+    """The model's call as a function of ours, with a code object of its own.
+
+    Dynamo skips frames of torch itself, such as the forward of nn.Sequential, and counts recompiles
+    by code object: models that shared one would use up each other's limit.
+    """
+
+    def call(*args: object, **kwargs: object) -> object:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 def _shell(model: M) -> M:

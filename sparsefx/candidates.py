@@ -1,6 +1,7 @@
 """Which nodes of a graph sparsity could act on: linears, convolutions, attentions, experts."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from sparsefx.shapes import hint, varies
 
 aten = torch.ops.aten
 
-# Those that normalise.py leaves alone (padding="same", transposed ones) as torch's functions.
+# Dynamo's are not normalised: torch.conv2d takes a stride that is a number, or padding="same".
 CONVOLUTIONS = frozenset(
     {
         *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
@@ -66,12 +67,10 @@ def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
     """The candidates of a normal-form graph, in graph order."""
     for node in gm.graph.nodes:
         if node.target in _LINEARS:
-            yield from _linear(node)
+            yield from list(_linear(node)) or _experts(node)
         elif node.target in CONVOLUTIONS:
             yield Candidate(node, "conv", module_path(node))
-        elif node.target in WHOLE_LAYERS:
-            yield Candidate(node, "layer", module_path(node))
-        elif isinstance(node.target, HigherOrderOperator) and _holds_linears(gm, node):
+        elif node.target in WHOLE_LAYERS or _holds_linears(gm, node):
             yield Candidate(node, "layer", module_path(node))
         elif node.target is ATTENTION or _is_eager_attention(node):
             yield Candidate(node, "attention", module_path(node))
@@ -99,13 +98,16 @@ def rows_of(x: fx.Node) -> tuple[int, bool]:
     return math.prod(hint(size) for size in sizes), any(varies(size) for size in sizes)
 
 
+_ROOT = re.compile(r"^L\['\w+'\]")  # Dynamo's name for the variable that holds the model
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module that a node was traced from; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
     path = str(list(stack.values())[-1][0])
-    return path.removeprefix("L['self']").replace("._orig_mod", "").lstrip(".") or node.name
+    return _ROOT.sub("", path).replace("._orig_mod", "").lstrip(".") or node.name
 
 
 def _linear(node: fx.Node) -> Iterator[Candidate]:
@@ -140,6 +142,8 @@ _ELEMENTWISE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor})
 
 def _holds_linears(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a branch or a checkpointed body, which is a graph of its own, has linears."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return False
     names = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
     bodies = (gm.get_submodule(name) for name in names if is_graph(gm, name))
     linears = {*_LINEARS, torch.nn.functional.linear, torch._C._nn.linear}

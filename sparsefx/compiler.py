@@ -15,7 +15,7 @@ from sparsefx.graph import Bound, bind, unbind, weight_name
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.session import GraphRecord, Session, remember_weights
 from sparsefx.variants import Compiled, Variant, Variants
-from sparsefx.weights import WeightMemo, version
+from sparsefx.weights import Version, WeightMemo, version
 
 WITH_GRADIENTS = (
     "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
@@ -130,7 +130,7 @@ def _needs_gradients(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
 
 def _bound_inputs(
     gm: fx.GraphModule, bound: Bound, baked: set[str]
-) -> tuple[tuple[int, Tensor, int], ...]:
+) -> tuple[tuple[int, Tensor, Version], ...]:
     positions = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     return tuple(
         (positions[bound.placeholders[name]], bound.weights[name], version(bound.weights[name]))

@@ -1,10 +1,12 @@
 """SPARSEFX_DUMP: graphs as Python files that run by themselves, and the text of kernels."""
 
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
@@ -33,6 +35,7 @@ INPUTS = {inputs}
 
 {classes}
 
+
 if __name__ == "__main__":
     graph = load(Graph(), ATTRIBUTES, __file__)
     with torch.no_grad():
@@ -46,7 +49,7 @@ def write(gm: fx.GraphModule, folder: Path, graph: int, number: int, name: str, 
     tensors = _tensors(gm)
     small = sum(t.numel() * t.element_size() for t in tensors.values()) <= WEIGHTS_LIMIT
     bodies = _bodies(gm)
-    codes = {key: body.graph.python_code("self") for key, body in {**bodies, "": gm}.items()}
+    codes = {key: python_code(body) for key, body in {**bodies, "": gm}.items()}
     text = _FILE.format(
         title=f"Graph {graph} after {name}, stage {stage}.",
         file=path.name,
@@ -74,6 +77,19 @@ def kernel(path: Path, text: str) -> None:
         write_atomically(settings.dump_folder / "kernels" / path.name, text.encode())
 
 
+def python_code(gm: fx.GraphModule) -> PythonCode:
+    """The graph as the text of a `forward` that takes and returns tensors, and what it imports.
+
+    torch.export's own text packs and unpacks nested arguments by specifications that lie outside.
+    """
+    codegen = gm.graph._codegen
+    gm.graph.set_codegen(CodeGen())
+    try:
+        return gm.graph.python_code("self")
+    finally:
+        gm.graph.set_codegen(codegen)
+
+
 def load(
     module: torch.nn.Module, attributes: dict[str, tuple[tuple[int, ...], str]], file: str
 ) -> torch.nn.Module:
@@ -81,26 +97,40 @@ def load(
     stored = Path(file).with_suffix(".safetensors")
     tensors = load_file(stored) if stored.exists() else {}
     for name, (shape, dtype) in attributes.items():
-        set_tensor(module, name, tensors.get(name, _random(shape, dtype)))
+        value = tensors[name] if name in tensors else _random(shape, dtype, _generator(name))
+        set_tensor(module, name, value)
     return module
 
 
 def sample(inputs: dict[str, tuple[tuple[int, ...], str] | int]) -> list[Tensor | int]:
-    """Example inputs of the dumped shapes; whole numbers are 0, which every vocabulary has."""
-    return [value if isinstance(value, int) else _random(*value) for value in inputs.values()]
+    """Example inputs of the dumped shapes, the same at every stage of a graph.
+
+    Whole numbers are 0, which every vocabulary has.
+    """
+    return [
+        value if isinstance(value, int) else _random(*value, _generator(name))
+        for name, value in inputs.items()
+    ]
 
 
-def _random(shape: tuple[int, ...], dtype: str) -> Tensor:
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def _random(shape: tuple[int, ...], dtype: str, generator: torch.Generator) -> Tensor:
     kind = getattr(torch, dtype)
+    if kind.is_floating_point and not shape:
+        return torch.rand(shape, generator=generator).to(kind)  # an epsilon, a scale: positive
     if kind.is_floating_point:
-        return torch.randn(shape).to(kind)
+        return torch.randn(shape, generator=generator).to(kind)
     return torch.zeros(shape, dtype=kind)
 
 
 def _tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    graphs = {f"{key}.": body for key, body in _bodies(gm).items()}
     return {
         f"{prefix}{name}": get_tensor(graph, name)
-        for prefix, graph in {**{f"{key}.": body for key, body in _bodies(gm).items()}, "": gm}.items()
+        for prefix, graph in {**graphs, "": gm}.items()
         for name in _attributes(graph)
         if not is_graph(graph, name)
     }
@@ -140,6 +170,8 @@ def _describe(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 def _input(node: fx.Node) -> tuple[tuple[int, ...], str] | int:
+    if not node.users:
+        return 0  # a weight that became an attribute: not worth its memory
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return _describe(value)

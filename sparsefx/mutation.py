@@ -42,7 +42,7 @@ def mutates(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     if isinstance(node.target, OpOverloadPacket):
         overloads = (getattr(node.target, name) for name in node.target.overloads())
-        return any(overload._schema.is_mutable for overload in overloads)
+        return "out" in node.kwargs or any(_writes(overload) for overload in overloads)
     if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
         return True
     if "out" in node.kwargs or _asks_for_in_place(node):
@@ -50,6 +50,14 @@ def mutates(node: fx.Node) -> bool:
     name = str(getattr(node.target, "__name__", ""))  # callable objects have none
     named = _in_place_name(name) or name.startswith(_SWITCHES) or not name
     return node.target in _IN_PLACE or named
+
+
+def _writes(overload: OpOverload) -> bool:
+    """Whether it writes to an input, other than an `out=` that the call does not give."""
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
+        for argument in overload._schema.arguments
+    )
 
 
 def changed_in_graph(weight: fx.Node) -> bool:
@@ -67,8 +75,9 @@ def changed_in_graph(weight: fx.Node) -> bool:
 
 def _storage(value: object) -> int | None:
     """Identity of a tensor's storage; fake tensors have one too."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided
-    return value.untyped_storage()._cdata if plain else None
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
 
 
 def _asks_for_in_place(node: fx.Node) -> bool:

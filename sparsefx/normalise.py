@@ -21,9 +21,6 @@ _FUNCTIONS: dict[object, torch._ops.OpOverload] = {
     torch.matmul: aten.matmul.default,
     torch.mm: aten.mm.default,
     operator.matmul: aten.matmul.default,
-    torch.conv1d: aten.conv1d.default,
-    torch.conv2d: aten.conv2d.default,
-    torch.conv3d: aten.conv3d.default,
     F.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
     torch._C._nn.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
     torch.softmax: aten.softmax.int,
@@ -89,7 +86,7 @@ def _fits(node: fx.Node, overload: torch._ops.OpOverload, args: tuple[Argument, 
         return len(args) == 2 and _is_operand(args[1])
     if overload is aten.softmax.int:
         return len(args) > 1 and isinstance(args[1], int)  # F.softmax may guess its dimension
-    return "same" not in args and "valid" not in args  # conv2d.padding is another overload
+    return True
 
 
 def _is_operand(value: object) -> bool:

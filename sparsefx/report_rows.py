@@ -13,7 +13,7 @@ class Row:
     """What became of one candidate node (a linear, a convolution or an attention).
 
     name: module path, e.g. "model.layers.0.mlp.up_proj";
-    op: "linear", "conv", "attention" or "experts";
+    op: "linear", "conv", "attention", "experts" or "layer";
     graph: which captured graph of the model it is in, counted from 0;
     shape: e.g. "1536x576 @ 128"; out x in @ rows of the input, "128.." where calls vary;
     pattern: the sparsity found, e.g. "2:4", "unstructured 50%", "dense";

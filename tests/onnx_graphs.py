@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsefx.attributes import get_tensor, remove_unused, set_tensor
 from sparsefx.formats import pack_bitmap, pack_nm
+from sparsefx.graph import capture
+from sparsefx.spec import NM, Unstructured
 
 aten = torch.ops.aten
 Layout = tuple[int, int] | str | None  # (n, m), "bitmap", or None for dense
@@ -78,3 +80,37 @@ def _store(gm: fx.GraphModule, name: str, parts: dict[str, Tensor]) -> list[fx.N
         nodes.append(gm.graph.get_attr(f"{name}_{part}"))
         nodes[-1].meta["val"] = tensor
     return nodes
+
+
+class MLP(nn.Module):
+    """Three linears, a residual and a scale; the middle one has no bias."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, width)
+        self.middle = nn.Linear(width, width, bias=False)
+        self.down = nn.Linear(width, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.up(x))
+        return self.down(self.middle(h) + h) * 0.5
+
+
+def sparse_mlp(dtype: torch.dtype = torch.float32, width: int = 64) -> MLP:
+    """up is 2:4, middle 80 % unstructured, down dense."""
+    torch.manual_seed(0)
+    model = MLP(width).eval()
+    with torch.no_grad():
+        model.up.weight *= NM(2, 4).keep(model.up.weight.abs())
+        model.middle.weight *= Unstructured(0.8).keep(model.middle.weight.abs())
+    return model.to(dtype)
+
+
+def layouts(name: str, weight: torch.Tensor) -> tuple[int, int] | str | None:
+    return {"up.weight": (2, 4), "middle.weight": "bitmap"}.get(name)
+
+
+def packed_mlp(model: MLP, x: torch.Tensor, dynamic: object = None) -> torch.fx.GraphModule:
+    gm = capture(model, (x,), dynamic_shapes=dynamic)
+    assert pack(gm, layouts) == 2
+    return gm

@@ -189,6 +189,28 @@ def test_one_compiled_block_called_for_many_layers() -> None:
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_model_of_a_class_of_torch_itself() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    model = sparsefx.sparsify(model, Recipe({"*": NM(2, 4)}), progress=False)
+    fast = sparsefx.compile(model, guard="off")
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert type(fast) is nn.Sequential
+    assert [row.name for row in sparsefx.explain(fast).rows] == ["0", "2"]
+    assert all(row.kernel == "cpp_nm_linear" for row in sparsefx.explain(fast).rows)
+
+
+@torch.no_grad()
+def test_many_models_do_not_use_up_each_others_recompiles() -> None:
+    x = torch.randn(4, 32)
+    for seed in range(10):  # Dynamo's limit for one piece of code is 8
+        fast = sparsefx.compile(two(seed), guard="off", dynamic=False)
+        fast(x)
+        assert sparsefx.explain(fast).facts["graphs"] == "1", f"model {seed}"
+
+
 def test_gradients_keep_the_mask_and_change_no_number() -> None:
     model = two().train()
     fast = sparsefx.compile(model)

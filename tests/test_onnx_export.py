@@ -1,22 +1,21 @@
 """export(): forms, sizes, names, checks and refusals, on small models."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx_graphs import fuse, pack
 from torch import nn
 from torch.export import Dim
 
+import sparsefx
 from sparsefx.codegen.onnx.export import export
 from sparsefx.codegen.onnx.summary import summary
-from sparsefx.errors import ExportFailed, NotExportable, UnknownOption
 from sparsefx.graph import capture
-from sparsefx.spec import NM, Unstructured
+from sparsefx.spec import NM
+from tests.onnx_graphs import fuse, pack, packed_mlp, sparse_mlp
 
 FORMS = ("standard", "functions")
 FOLDED_AWAY = {
@@ -28,20 +27,6 @@ FOLDED_AWAY = {
     "Transpose",
     "Slice",
 }
-
-
-class MLP(nn.Module):
-    """Three linears, a residual and a scale; the middle one has no bias."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.up = nn.Linear(32, width)
-        self.middle = nn.Linear(width, width, bias=False)
-        self.down = nn.Linear(width, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(self.up(x))
-        return self.down(self.middle(h) + h) * 0.5
 
 
 class ConvNet(nn.Module):
@@ -57,26 +42,6 @@ class ConvNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.deep(nn.functional.silu(self.norm(self.stem(x))))
         return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def sparse_mlp(dtype: torch.dtype = torch.float32, width: int = 64) -> MLP:
-    """up is 2:4, middle 80 % unstructured, down dense."""
-    torch.manual_seed(0)
-    model = MLP(width).eval()
-    with torch.no_grad():
-        model.up.weight *= NM(2, 4).keep(model.up.weight.abs())
-        model.middle.weight *= Unstructured(0.8).keep(model.middle.weight.abs())
-    return model.to(dtype)
-
-
-def layouts(name: str, weight: torch.Tensor) -> tuple[int, int] | str | None:
-    return {"up.weight": (2, 4), "middle.weight": "bitmap"}.get(name)
-
-
-def packed_mlp(model: MLP, x: torch.Tensor, dynamic: object = None) -> torch.fx.GraphModule:
-    gm = capture(model, (x,), dynamic_shapes=dynamic)
-    assert pack(gm, layouts) == 2
-    return gm
 
 
 def initializers(path: Path) -> dict[str, onnx.TensorProto]:
@@ -290,101 +255,6 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def broken(model: nn.Module) -> Callable[..., object]:
-    wrong = copy.deepcopy(model)
-    with torch.no_grad():
-        wrong.get_parameter("down.bias")[0] += 0.01
-    return wrong
-
-
-def test_a_failing_check_leaves_no_file(tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-    with pytest.raises(ExportFailed, match=r"differ by 0\.005.*No file was written"):
-        export(packed_mlp(model, x), (x,), {}, tmp_path / "m.onnx", reference=broken(model))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failing_check_keeps_the_older_file(tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-    path = tmp_path / "m.onnx"
-    path.write_bytes(b"older")
-    with pytest.raises(ExportFailed):
-        export(packed_mlp(model, x), (x,), {}, path, reference=broken(model), one_file=1000)
-    assert path.read_bytes() == b"older"
-    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_a_reference_of_another_shape_fails(tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-    with pytest.raises(ExportFailed, match="shapes"):
-        export(
-            packed_mlp(model, x), (x,), {}, tmp_path / "m.onnx", reference=lambda x: model(x)[:1]
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_check_the_reference_is_not_called(tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-
-    def never(x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("called")
-
-    facts = export(
-        packed_mlp(model, x), (x,), {}, tmp_path / "m.onnx", reference=never, check=False
-    )
-    assert facts.max_abs_error is None
-    assert facts.shapes == ()
-    assert facts.path.exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "words"),
-    [
-        ({"form": "compact"}, UnknownOption, "form='compact'.*standard, functions"),
-        ({"opset": 23}, NotExportable, "batch 1.*opset=20 or opset=24"),
-        ({"opset": 17}, UnknownOption, "opset=17.*20, 24"),
-    ],
-)
-def test_refused_options(option, error, words, tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-    gm = capture(model, (x,))
-    with pytest.raises(error, match=words):
-        export(gm, (x,), {}, tmp_path / "m.onnx", reference=model, **option)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_refuses_bfloat16(tmp_path):
-    model, x = sparse_mlp(torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
-    with pytest.raises(NotExportable, match=r"bfloat16.*\.float\(\)"):
-        export(capture(model, (x,)), (x,), {}, tmp_path / "m.onnx", reference=model)
-
-
-def test_refuses_masks_that_are_left(tmp_path):
-    model, x = sparse_mlp(), torch.randn(4, 32)
-    gm = capture(model, (x,))
-    gm.register_buffer("keep", model.up.weight != 0)
-    weight = next(n for n in gm.graph.find_nodes(op="get_attr") if n.target == "up.weight")
-    with gm.graph.inserting_after(weight):
-        keep = gm.graph.get_attr("keep")
-    with gm.graph.inserting_after(keep):
-        masked = gm.graph.call_function(torch.ops.sparsefx.mask.default, (weight, keep))
-    weight.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
-    gm.recompile()
-    with pytest.raises(NotExportable, match="FoldMasks"):
-        export(gm, (x,), {}, tmp_path / "m.onnx", reference=model)
-
-
-def test_an_operator_that_onnx_lacks_is_named(tmp_path):
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvalsh(x)
-
-    model, x = Odd(), torch.eye(3)
-    with pytest.raises(ExportFailed, match=r"eigh"):
-        export(capture(model, (x,)), (x,), {}, tmp_path / "m.onnx", reference=model)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_summary_says_what_a_stock_runtime_gains(tmp_path):
     model, x = sparse_mlp(width=256), torch.randn(4, 32)
     facts = export(packed_mlp(model, x), (x,), {}, tmp_path / "m.onnx", reference=model)
@@ -392,3 +262,19 @@ def test_summary_says_what_a_stock_runtime_gains(tmp_path):
     assert "not time" in text
     assert "2 packed weights" in text
     assert f"{facts.max_abs_error:.2g}" in text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_whole_way_from_a_model(form, tmp_path):
+    model, x = sparse_mlp(width=256), torch.randn(4, 32)
+    before = copy.deepcopy(model.state_dict())
+    path = tmp_path / "m.onnx"
+    sparsefx.export_onnx(model, (x,), path, dynamic_shapes=BATCH, form=form)
+    (y,) = onnxruntime.InferenceSession(path).run(None, {"x": torch.ones(3, 32).numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(torch.ones(3, 32)).detach())
+    assert set(initializers(path)) >= {"up.weight.codes", "middle.weight.gaps", "down.weight"}
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    if form == "functions":
+        packed = [node for node in onnx.load(path).graph.node if node.domain == "sparsefx"]
+        epilogues = [a.s for node in packed for a in node.attribute if a.name == "epilogue"]
+        assert epilogues == [b"relu", b"add 0"]

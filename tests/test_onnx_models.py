@@ -8,18 +8,23 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from onnx_graphs import pack
 from torch import nn
 from torch.export import Dim
 
 from sparsefx.codegen.onnx.export import export
 from sparsefx.graph import capture
 from sparsefx.spec import NM, Unstructured
+from tests.onnx_graphs import pack
 
 transformers = pytest.importorskip("transformers")
 
 AUTO = Dim.AUTO
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @dataclass(frozen=True)

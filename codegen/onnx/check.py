@@ -52,7 +52,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far onnxruntime is from PyTorch. `absolute`: largest |onnx - torch|; `allowed`: its bound."""
+    """How far onnxruntime is from PyTorch: the largest |onnx - torch| and its bound."""
 
     absolute: float
     allowed: float
@@ -141,9 +141,11 @@ def probes(
 def _shape(fake: object) -> list[sympy.Expr]:
     if not isinstance(fake, Tensor):
         return []
-    return [
-        dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim) for dim in fake.shape
-    ]
+    return [_expression(dim) for dim in fake.shape]
+
+
+def _expression(dim: int | torch.SymInt) -> sympy.Expr:
+    return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
 
 
 def _sizes(

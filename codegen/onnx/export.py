@@ -17,6 +17,7 @@ from sparsefx.codegen.onnx.check import check_file, difference, probes, session
 from sparsefx.codegen.onnx.lower import StoredWeight, lower
 from sparsefx.codegen.onnx.translate import to_onnx, to_program
 from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
+from sparsefx.graph import DynamicShapes
 from sparsefx.ops import MASKED_OPS
 
 FORMS = ("standard", "functions")
@@ -51,20 +52,20 @@ def export(
     path: Path,
     *,
     reference: Callable[..., object],
-    dynamic_shapes: object = None,
+    dynamic_shapes: DynamicShapes = None,
     form: str = "standard",
     opset: int = 20,
     check: bool = True,
     progress: bool = False,
     one_file: int = _ONE_FILE,
 ) -> ExportFacts:
-    """Writes `gm` as an ONNX file that a stock onnxruntime loads; the file appears whole or not at all.
+    """Writes `gm` as an ONNX file that a stock onnxruntime loads; it appears whole or not at all.
 
-    gm: normal form, packed or dense, masks folded. args, kwargs: example inputs (cloned: aliased ones
-    give a wrong graph). dynamic_shapes: as torch.export takes them. form: "standard" or "functions"
-    (lower.py). opset: 20 or 24. reference: what gm must equal; with `check` it is compared with
-    onnxruntime at the example's sizes and, where sizes are dynamic, two others. progress: show a bar.
-    one_file: bytes of weights above which they go to `<path>.data`.
+    gm: normal form, packed or dense, masks folded. args, kwargs: example inputs (cloned: aliased
+    ones give a wrong graph). dynamic_shapes: as torch.export takes them. form: "standard" or
+    "functions" (lower.py). opset: 20 or 24. reference: what gm must equal; with `check` it is
+    compared with onnxruntime at the example's sizes and, where sizes are dynamic, two others.
+    progress: show a bar. one_file: bytes of weights above which they go to `<path>.data`.
 
     Raises UnknownOption, NotExportable (masks left, bfloat16, opset), ExportFailed.
     """
@@ -82,13 +83,22 @@ def export(
         with _staging(path) as staged:
             _save(model, staged, path, one_file)
             bar.update()
-            error, shapes = None, ()
+            error: float | None = None
+            shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
             if check:
                 error, shapes = _check(staged, path, program, args, kwargs, reference)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
     return ExportFacts(
-        path, form, opset, size, len(model.graph), weights, error, shapes, time.perf_counter() - start
+        path,
+        form,
+        opset,
+        size,
+        len(model.graph),
+        weights,
+        error,
+        shapes,
+        time.perf_counter() - start,
     )
 
 

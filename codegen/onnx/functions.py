@@ -1,8 +1,9 @@
-"""The table dialect operator -> ONNX function, in ONNX's own textual syntax, domain "sparsefx", version 1.
+"""The table dialect operator -> ONNX function, in ONNX's own textual syntax.
 
-A function is found by its domain, its name and its *overload* (IR version 10). The name says what a
-node means, so a runtime that registers a kernel for `sparsefx::NMLinear` takes all of its nodes; the
-overload says which body a stock runtime runs: one for each N:M, dtype, bias and epilogue.
+Domain "sparsefx", version 1. A function is found by its domain, its name and its *overload* (IR
+version 10). The name says what a node means, so a runtime that registers a kernel for
+`sparsefx::NMLinear` takes all of its nodes; the overload says which body a stock runtime runs: one
+for each N:M, dtype, bias and epilogue.
 
     NMLinear      <n, m, epilogue>         (x, values, codes, bias?, extras...) => y
     BitmapLinear  <shape, epilogue>        (x, values, gaps, bias?, extras...) => y
@@ -10,10 +11,11 @@ overload says which body a stock runtime runs: one for each N:M, dtype, bias and
     DecompressNM_<n>_<m>_<dtype>           (values, codes) => weight [out, in]
     DecompressDelta8_<dtype>  <shape>      (values, gaps) => weight [out, in]
 
-The decompressors have names of their own because onnxruntime finds no overload from inside a function.
-Storage of the weights: storage.py. A decompressor may hold only operators that onnxruntime folds at
-load for fp32 and fp16. Not `Where`: it has no fp16 CPU kernel, so it stays and runs at every call.
-Not `NonZero`: it is never folded. Not `CastLike`: outside functions it is not folded either.
+The decompressors have names of their own because onnxruntime finds no overload from inside a
+function. Storage of the weights: storage.py. A decompressor may hold only operators that
+onnxruntime folds at load for fp32 and fp16. Not `Where`: it has no fp16 CPU kernel, so it stays and
+runs at every call. Not `NonZero`: it is never folded. Not `CastLike`: outside functions it is not
+folded either.
 """
 
 from collections.abc import Sequence
@@ -47,9 +49,9 @@ _DECOMPRESS_NM = """
   second = Constant <value_ints = [1]> ()
   stored = Shape <start = 1> (values)
   columns = Slice (padded, first, stored, second)
-  positions = Cast <to = 7> (columns)
   by_group = Constant <value_ints = [0, -1, {n}]> ()
-  index = Reshape (positions, by_group)
+  grouped = Reshape (columns, by_group)
+  index = Cast <to = 6> (grouped)
   kept = Reshape (values, by_group)
   groups = Shape <start = 0, end = 2> (kept)
   m = Constant <value_ints = [{m}]> ()
@@ -62,7 +64,7 @@ _DECOMPRESS_NM = """
 
 _DECOMPRESS_DELTA8 = """
   size = Constant <value_ints: ints = @shape> ()
-  steps = Cast <to = 7> (gaps)
+  steps = Cast <to = 6> (gaps)
   axis = Constant <value_int = 0> ()
   positions = CumSum (steps, axis)
   count = ReduceProd <keepdims = 1> (size)

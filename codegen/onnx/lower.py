@@ -1,7 +1,7 @@
-"""The last step on the ONNX side: whole linears -> their final nodes, packed weights -> ONNX storage.
+"""The last step: whole linears -> their final nodes, packed weights -> ONNX storage.
 
-    Linear(x, w, b)           => Gemm(x, w, b, transB=1)            for x of rank 2
-                              => MatMul(x, Transpose(w)) + b        else; one Transpose for each weight
+    Linear(x, w, b)           => Gemm(x, w, b, transB=1)          for x of rank 2
+                              => MatMul(x, Transpose(w)) + b      else; one Transpose a weight
     NMLinear, BitmapLinear    => the same node with its ONNX storage and overload, plus functions
 
 A dense weight keeps its own name and shape, so that a state_dict and the file can be compared;
@@ -9,7 +9,6 @@ onnxruntime folds the Transpose at load. A packed weight `p` becomes `p.values` 
 `p.values` and `p.gaps`.
 """
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,10 @@ from onnx_ir.passes.common import (
 from sparsefx.codegen.onnx.functions import DOMAIN, VERSION, Variant, decompressor, linear
 from sparsefx.codegen.onnx.storage import to_delta8
 from sparsefx.codegen.onnx.translate import DENSE_LINEAR
+from sparsefx.errors import NotExportable
 from sparsefx.formats import PackedBitmap
+
+_POSITIONS = 2**31
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class _Lowering:
     def free_name(self, parameter: str) -> str:
         """`parameter`, or with a number where two packings of it are in the file."""
         taken = {weight.name for _, _, weight in self.stored.values()}
-        numbered = (f"{parameter}.{i}" for i in itertools.count(2))
-        return next(name for name in (parameter, *itertools.islice(numbered, len(taken))) if name not in taken)
+        numbered = (f"{parameter}.{i}" for i in range(2, len(taken) + 2))
+        return next(name for name in (parameter, *numbered) if name not in taken)
 
 
 def lower(model: ir.Model, form: str) -> tuple[StoredWeight, ...]:
@@ -99,7 +101,8 @@ def _transpose(node: ir.Node, weight: ir.Value, state: _Lowering) -> ir.Value:
         return state.transposed[weight]
     made = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}.transposed")
     result = made.outputs[0]
-    result.name, result.dtype = f"{weight.name}.T", weight.dtype
+    result.name = f"{weight.name}.T"
+    result.type = weight.type
     if weight.is_initializer():
         state.model.graph.insert_before(state.model.graph[0], made)
         state.transposed[weight] = result
@@ -124,7 +127,12 @@ def _lower_nm(node: ir.Node, state: _Lowering) -> None:
 def _lower_bitmap(node: ir.Node, state: _Lowering) -> None:
     x, values, bits = (_required(value) for value in node.inputs[:3])
     assert x.shape is not None
-    shape = (len(_array(bits)), int(x.shape[-1]))
+    shape = (len(_array(bits)), _size(x.shape[-1]))
+    if shape[0] * shape[1] >= _POSITIONS:
+        raise NotExportable(
+            rule=f"{_parameter(values)} has 2^31 elements or more and delta8 counts in 32 bits",
+            remedy="Leave this weight dense",
+        )
     if values not in state.stored:
         name = state.free_name(_parameter(values))
         tensors = (torch.from_numpy(_array(_required(value))) for value in node.inputs[1:4])
@@ -151,7 +159,7 @@ def _lower_packed(
     Inputs of `node`: x, the stored tensors, at `first_optional` the bias or None, extras.
     """
     first, second, _ = state.stored[_required(node.inputs[1])]
-    bias, *extras = (*node.inputs[first_optional:], None)[: max(1, len(node.inputs) - first_optional)]
+    bias, *extras = node.inputs[first_optional:] or (None,)
     variant = Variant(
         name=name,
         n=node.attributes.get_int("n", 0),
@@ -171,6 +179,11 @@ def _lower_packed(
     for function in (decompressor(variant, state.opset), linear(variant, state.opset)):
         state.model.functions.setdefault(function.identifier(), function)
     _replace(node, [final])
+
+
+def _size(dim: int | ir.SymbolicDim) -> int:
+    assert isinstance(dim, int), "the input features of a linear are a number"
+    return dim
 
 
 def _replace(node: ir.Node, made: Sequence[ir.Node]) -> None:
@@ -193,7 +206,7 @@ _PACKED_SUFFIX = re.compile(r"[._]values(_\d+)?$")
 
 
 def _parameter(values: ir.Value) -> str:
-    """"mlp.up.weight" from "mlp.up.weight.values" or "mlp.up.weight_values"."""
+    """ "mlp.up.weight" from "mlp.up.weight.values" or "mlp.up.weight_values"."""
     return _PACKED_SUFFIX.sub("", str(values.name))
 
 

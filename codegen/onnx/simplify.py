@@ -1,4 +1,4 @@
-"""Tidies a freshly translated ONNX graph: folds constants, removes what does nothing, merges repeats.
+"""Tidies a fresh ONNX graph: folds constants, removes what does nothing, merges repeats.
 
 torch.onnx would run onnxscript's whole optimiser. Of its rules one (slice_split_rule) tries every
 pair of nodes, which is two thirds of the time to export a 30-layer language model, and one changes

@@ -5,7 +5,10 @@ from sparsefx.codegen.onnx.export import ExportFacts
 
 def summary(facts: ExportFacts) -> str:
     """A few lines for reports and the shell."""
-    lines = [f"{facts.path}: {_size(facts.bytes)}, {facts.nodes} nodes, opset {facts.opset}, {facts.form}"]
+    lines = [
+        f"{facts.path}: {_size(facts.bytes)}, {facts.nodes} nodes, opset {facts.opset}, "
+        f"{facts.form} form"
+    ]
     if facts.weights:
         dense = sum(weight.dense_bytes for weight in facts.weights)
         stored = sum(weight.stored_bytes for weight in facts.weights)

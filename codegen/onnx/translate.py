@@ -20,6 +20,7 @@ from torch import fx
 import sparsefx.ops  # noqa: F401  # registers torch.ops.sparsefx
 from sparsefx.codegen.onnx.functions import DOMAIN, VERSION
 from sparsefx.codegen.onnx.simplify import simplify
+from sparsefx.graph import DynamicShapes
 
 DENSE_LINEAR = "Linear"
 
@@ -28,7 +29,7 @@ def to_program(
     gm: fx.GraphModule,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
-    dynamic_shapes: object,
+    dynamic_shapes: DynamicShapes,
 ) -> torch.export.ExportedProgram:
     """`gm` as an exported program; its weights are shared, not copied."""
     with torch.no_grad(), _silence():
@@ -121,10 +122,13 @@ def _node(name: str, inputs: Sequence[ir.Value | None], **attributes: int | str)
 _TYPES = [f"tensor({kind})" for kind in ("float", "float16", "double", "uint8", "int32")]
 
 
+_TALKERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without the warnings and log lines that torch.export and torch.onnx write about themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Without what torch.export and torch.onnx warn and log about themselves."""
+    loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

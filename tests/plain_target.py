@@ -1,0 +1,55 @@
+"""A target whose kernels are plain PyTorch, so that lowering is tested on any machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefx import ops
+from sparsefx.errors import KernelBuildFailed
+from sparsefx.target import LinearSpec, Lowering, Target
+
+_LIBRARY = torch.library.Library("sparsefx_plain", "DEF")
+_LIBRARY.define(
+    "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor[] extras, str handle)"
+    " -> Tensor"
+)
+
+
+def _nm_linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    extras: Sequence[Tensor],
+    handle: str,
+) -> Tensor:
+    n, m, epilogue = handle.split("|")
+    return ops.nm_linear(x, values, index, bias, int(n), int(m), epilogue, extras)
+
+
+_LIBRARY.impl("nm_linear", _nm_linear, "CompositeExplicitAutograd")
+
+
+@dataclass(frozen=True)
+class PlainNM:
+    """Takes N:M; `refuses`: its reason for no; `fails`: whether building raises."""
+
+    name: str = "plain_nm"
+    layout: str = "nm"
+    refuses: str | None = None
+    fails: bool = False
+
+    def accepts(self, spec: LinearSpec) -> str | None:
+        return self.refuses
+
+    def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
+        if self.fails:
+            raise KernelBuildFailed(kernel=self.name, rule="no compiler")
+        handle = f"{spec.n}|{spec.m}|{spec.epilogue}"
+        return Lowering(torch.ops.sparsefx_plain.nm_linear.default, packed, handle, "", "")
+
+
+def plain(*kernels: PlainNM) -> Target:
+    return Target("plain", "cpu", kernels or (PlainNM(),))
