@@ -37,7 +37,7 @@ from sparsefx.pipeline import PassContext, run
 from sparsefx.prune.sparsify import sparsify
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.report import Report, Row
-from sparsefx.session import Session, recall, remember_model
+from sparsefx.session import Session, continued, recall, remember_model
 from sparsefx.spec import Recipe
 from sparsefx.target import LinearSpec, Lowering, Target
 from sparsefx.variants import Compiled
@@ -121,7 +121,9 @@ def backend(
         raise UnknownOption(option="options", value=sorted(given)[0], known=known)
     chosen = _target(target, _device_of(example_inputs))
     _check_guard(guard, chosen)
-    session = Session("torch.compile graph", chosen.name, str(guard))
+    asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r}"
+    session = continued(example_inputs, asked)
+    session = session or Session("torch.compile", chosen.name, str(guard), asked)
     plan = _plan(chosen, str(guard), mode, recipe, frozenset(), settings)
     return Compiler(plan, session)(gm, example_inputs)
 

@@ -15,7 +15,7 @@ from sparsefx.graph import Bound, bind, unbind, weight_name
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.session import GraphRecord, Session, remember_weights
 from sparsefx.variants import Compiled, Variant, Variants
-from sparsefx.weights import Version, WeightMemo, version
+from sparsefx.weights import Version, version
 
 WITH_GRADIENTS = (
     "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
@@ -64,16 +64,13 @@ class Compiler:
     def __init__(self, plan: Plan, session: Session) -> None:
         self.plan = plan
         self.session = session
-        self._weights = WeightMemo()
+        self._weights = session.weights()
         self._lock = threading.Lock()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Compiled:
         """Compiles one graph. Never fails where Inductor alone would not."""
-        if _needs_gradients(gm, example_inputs):
-            return self._train(gm, example_inputs)
-        first = self._specialise(gm, example_inputs)
-        if not first.bound:
-            return first.function
+        train = _needs_gradients(gm, example_inputs)
+        first = (self._train if train else self._specialise)(gm, example_inputs)
         return Variants(first, lambda args: self._respecialise(gm, args))
 
     def _specialise(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Variant:
@@ -97,14 +94,14 @@ class Compiler:
         with tracing(TracingContext(fake_mode)), torch.no_grad():
             return self._specialise(gm, inputs)
 
-    def _train(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Compiled:
+    def _train(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Variant:
         bound = bind(gm, inputs)
         ctx = self._context()
         counts = run(bound.gm, self.plan.training, ctx)
         self._record(
             bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS
         )
-        return self.plan.emit(unbind(bound), inputs)
+        return Variant(self.plan.emit(unbind(bound), inputs), ())
 
     def _context(self) -> PassContext:
         return PassContext(weights=self._weights, graph=len(self.session.graphs))

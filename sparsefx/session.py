@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsefx.report import Report, Row
+from sparsefx.weights import WeightMemo
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,30 @@ class GraphRecord:
 
 @dataclass(eq=False)
 class Session:
-    """The record of one compilation. Holds no tensor, so that it keeps no weights alive."""
+    """The record of one compilation. Keeps no tensor alive.
+
+    asked: what the compilation was asked for, as text; graphs of one model that ask for the same
+    thing belong together.
+    """
 
     title: str
     target: str
     guard: str
+    asked: str = ""
     graphs: list[GraphRecord] = field(default_factory=list)
+    _weights: "weakref.ref[WeightMemo] | None" = None
+
+    def weights(self) -> WeightMemo:
+        """What its graphs know of the weights; lives as long as any of the compiled graphs."""
+        memo = self.living_weights()
+        if memo is None:
+            memo = WeightMemo()
+            self._weights = weakref.ref(memo)
+        return memo
+
+    def living_weights(self) -> WeightMemo | None:
+        """The same if a compiled graph still holds it."""
+        return None if self._weights is None else self._weights()
 
     def report(self) -> Report:
         """All graphs in the order in which they were captured."""
@@ -69,6 +88,15 @@ def remember_weights(weights: Iterable[Tensor], session: Session) -> None:
     """Links weights to the session whose graph reads them."""
     for weight in weights:
         _BY_WEIGHT[weight] = session
+
+
+def continued(inputs: Iterable[object], asked: str) -> Session | None:
+    """The session, still in use, that compiled another graph of the same weights as `asked`."""
+    for value in inputs:
+        session = _BY_WEIGHT.get(value) if isinstance(value, nn.Parameter) else None
+        if isinstance(session, Session) and session.asked == asked and session.living_weights():
+            return session
+    return None
 
 
 def recall(model: nn.Module) -> Session | None:

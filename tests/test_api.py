@@ -1,6 +1,7 @@
 """The public face: what compile, the backend and explain promise, and every bad input."""
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,21 @@ def test_the_backend_takes_a_recipe_and_leaves_the_weights_alone() -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {row.kernel for row in sparsefx.explain(compiled).rows} == {"cpp_bitmap_linear"}
+
+
+@torch.no_grad()
+def test_graphs_of_one_model_share_a_session_and_go_with_it() -> None:
+    model = two()
+    for _ in range(2):
+        compiled = torch.compile(model, backend="sparsefx", options={"guard": "off"}, dynamic=False)
+        for rows in (3, 4):
+            compiled(torch.randn(rows, 32))
+        report = sparsefx.explain(compiled)
+        assert report.facts["graphs"] == "2"
+        assert {row.shape[-1] for row in report.rows} == {"3", "4"}
+        torch._dynamo.reset()
+        del compiled
+        gc.collect()
 
 
 @torch.no_grad()

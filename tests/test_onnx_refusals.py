@@ -27,6 +27,29 @@ def test_a_failing_check_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Cancels(nn.Module):
+    """Adds a large number and takes it away: fp16 arithmetic keeps multiples of 2, fp32 all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 3000 + self.bias) - 3000
+
+
+def test_half_precision_is_judged_by_float32(tmp_path):
+    model, x = Cancels().half(), torch.randn(4, 8).half()
+    gm = capture(model, (x,))
+    facts = export(gm, (x,), {}, tmp_path / "m.onnx", reference=model)
+    assert facts.max_abs_error < 0.01  # against fp32; fp16 PyTorch is wrong by up to 1
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.bias[0] = 8.0
+    with pytest.raises(ExportFailed, match="differ by 8"):
+        export(gm, (x,), {}, tmp_path / "w.onnx", reference=wrong)
+
+
 def test_a_failing_check_keeps_the_older_file(tmp_path):
     model, x = sparse_mlp(), torch.randn(4, 32)
     path = tmp_path / "m.onnx"

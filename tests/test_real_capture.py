@@ -81,9 +81,7 @@ def test_both_doors(name: str) -> None:
     check_export_door(real, model, extra, name)
 
 
-def check_export_door(
-    real: Real, model: nn.Module, extra: dict[str, object], name: str
-) -> None:
+def check_export_door(real: Real, model: nn.Module, extra: dict[str, object], name: str) -> None:
     inputs = real.inputs(1)
     shapes = {**real.dynamic, **dict.fromkeys(extra)}
     gm = capture(model, (), {**inputs, **extra}, shapes)
