@@ -1,6 +1,6 @@
 """SmolLM2-135M with real weights: prune, compile, generate, explain, export to ONNX; all timed.
 
-python examples/compile_smollm2.py [--tokens N] [--quick] [--out DIR]
+python examples/compile_smollm2.py [--tokens N] [--quick] [--inductor] [--out DIR]
 """
 
 import argparse
@@ -90,10 +90,15 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="2 of the 30 layers and short texts: every step in a minute, the numbers mean nothing",
     )
+    parser.add_argument(
+        "--inductor",
+        action="store_true",
+        help="time decoding under torch.compile (Inductor) too: one more graph, a minute or two",
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     demo = prepare(QUICK if options.quick else Size(), options.tokens, options.out)
-    inductor = dense(demo)
+    inductor = dense(demo, options.inductor)
     fast = pruned(demo, inductor)
     explain(demo, fast)
     export(demo)
@@ -112,25 +117,28 @@ def prepare(size: Size, count: int, out: Path) -> Demo:
     return Demo(size, count, out, model, tokenizer, tokens, cache)
 
 
-def dense(demo: Demo) -> Decoder:
-    """The dense model; its weights are inputs of Inductor's graph, which serves pruned ones too."""
+def dense(demo: Demo, with_inductor: bool) -> Decoder | None:
+    """Measures the dense model. Returns Inductor's, whose graph takes pruned weights as well."""
     eager = Decoder(demo.model, demo.cache)
-    with step("dense model, PyTorch eager: perplexity"):
+    with step("dense model, PyTorch eager: perplexity, decoding"):
         line = judge(demo, "dense, eager", eager)
+        (line.decode,) = decode(demo, eager)
+    if not with_inductor:
+        return None
     inductor = copy(demo.model)
     inductor.compile(dynamic=False)
     compiled = Decoder(inductor, demo.cache)
-    with step("dense model, torch.compile (Inductor): the graph that writes; both in turns"):
-        line.decode, baseline = decode(demo, eager, compiled)
-        demo.lines.append(Line("dense, Inductor", decode=baseline))
+    with step("dense model, torch.compile (Inductor): the graph that writes"):
+        demo.lines.append(Line("dense, Inductor", decode=decode(demo, compiled)[0]))
     return compiled
 
 
-def pruned(demo: Demo, inductor: Decoder) -> PreTrainedModel:
-    """Prunes, compiles with SparseFX, generates, and times both compilers in turns."""
+def pruned(demo: Demo, inductor: Decoder | None) -> PreTrainedModel:
+    """Prunes, compiles with SparseFX, generates, and times it in turns with what it replaces."""
+    eager = Decoder(demo.model, demo.cache)
     with step("prune: 2:4 in the MLPs, unstructured 50 % in attention, by magnitude, one shot"):
         sparsefx.sparsify(demo.model, RECIPE, inplace=True)
-        expected = Decoder(demo.model, demo.cache).prefill(demo.prompt)
+        expected = eager.prefill(demo.prompt)
     fast = sparsefx.compile(demo.model, dynamic=False)
     compiled = Decoder(fast, demo.cache)
     with step("SparseFX: compile the graph that reads, perplexity"):
@@ -138,9 +146,11 @@ def pruned(demo: Demo, inductor: Decoder) -> PreTrainedModel:
         line = judge(demo, "pruned, SparseFX", compiled)
     with step("SparseFX: compile the graph that writes, .generate()"):
         text = compiled.generate(demo.prompt, demo.count)
-    with step("decode with SparseFX and Inductor in turns"):
-        line.decode, baseline = decode(demo, compiled, inductor)
-        demo.lines.insert(-1, Line("pruned, Inductor", decode=baseline))
+    others = {"eager": eager} | ({"Inductor": inductor} if inductor else {})
+    with step(f"decode with SparseFX and {' and '.join(others)} in turns"):
+        line.decode, *baselines = decode(demo, compiled, *others.values())
+    for name, speed in zip(others, baselines, strict=True):
+        demo.lines.insert(-1, Line(f"pruned, {name}", decode=speed))
     print(f"\nSparseFX against eager on the same weights: {difference:.1e} of the largest logit")
     print(f"prompt:    ...{demo.tokenizer.decode(demo.prompt[0, -24:])!r}")
     print(f"generated: {demo.tokenizer.decode(text)!r}")

@@ -13,7 +13,7 @@ from sparsefx import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 # Examples that are not named here run without flags.
-FLAGS = {"compile_smollm2.py": ["--quick", "--tokens", "4", "--out", "out"]}
+FLAGS = {"compile_smollm2.py": ["--quick", "--inductor", "--tokens", "4", "--out", "out"]}
 SCRIPTS = sorted(
     path.name for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()
 )
@@ -54,7 +54,8 @@ def test_demo_shows_every_step(tmp_path: Path) -> None:
     assert number(r"same weights: (\S+) of the largest logit", text) < 1e-4
     largest = number(r"\(largest logit (\S+)\)", text)
     assert number(r"onnxruntime - PyTorch\|: (\S+)", text) < 1e-4 * largest
-    for line in ("dense, eager", "dense, Inductor", "pruned, Inductor", "pruned, SparseFX"):
+    lines = [f"{w}, {c}" for w in ("dense", "pruned") for c in ("eager", "Inductor")]
+    for line in (*lines, "pruned, SparseFX"):
         assert number(rf"{line} .* ([\d.,]+)\n", text) > 0
     assert "a known limit" in text
     assert number(r"ONNX file: (\d+) MB", text) < number(r"dense weights (\d+) MB", text)

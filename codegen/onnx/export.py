@@ -45,6 +45,11 @@ class ExportFacts:
     seconds: float
 
 
+# ExportFacts.max_abs_error and ExportFacts.shapes
+_Compared = tuple[float | None, tuple[dict[str, tuple[int, ...]], ...]]
+_UNCHECKED: _Compared = (None, ())
+
+
 def export(
     gm: fx.GraphModule,
     args: tuple[object, ...],
@@ -83,23 +88,13 @@ def export(
         with _staging(path) as staged:
             _save(model, staged, path, one_file)
             bar.update()
-            error: float | None = None
-            shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
-            if check:
-                error, shapes = _check(staged, path, program, args, kwargs, reference)
+            compared = (
+                _check(staged, path, program, args, kwargs, reference) if check else _UNCHECKED
+            )
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
-    return ExportFacts(
-        path,
-        form,
-        opset,
-        size,
-        len(model.graph),
-        weights,
-        error,
-        shapes,
-        time.perf_counter() - start,
-    )
+    seconds = time.perf_counter() - start
+    return ExportFacts(path, form, opset, size, len(model.graph), weights, *compared, seconds)
 
 
 def _refuse(gm: fx.GraphModule, form: str, opset: int) -> None:
@@ -135,7 +130,7 @@ def _check(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     reference: Callable[..., object],
-) -> tuple[float, tuple[dict[str, tuple[int, ...]], ...]]:
+) -> _Compared:
     """The largest absolute difference and the shapes tried. Raises ExportFailed."""
     with _blame(path, "onnx.checker", "Please report this model"):
         check_file(staged)
