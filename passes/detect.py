@@ -43,7 +43,7 @@ def _row(candidate: Candidate, ctx: PassContext) -> Row:
     if candidate.op == "experts":
         return _declined(row, "a stack of expert weights: no kernel takes 3-d weights yet")
     if candidate.weight is None:
-        return _declined(row, "the weight is computed or changed in the graph, not a constant")
+        return _declined(row, "the weight is computed or changed in the graph, or transposed there")
     return _weight_row(row, candidate, ctx)
 
 

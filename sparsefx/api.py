@@ -1,9 +1,10 @@
 """compile, sparsify, export_onnx, explain, the torch.compile backend: the module that joins all."""
 
+import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ from sparsefx import guard as guards
 from sparsefx.annotations import annotations
 from sparsefx.attributes import count_nonfinite
 from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
-from sparsefx.codegen.onnx.export import ExportFacts
+from sparsefx.codegen.onnx.export import ExportFacts, blame
 from sparsefx.codegen.onnx.export import export as write_onnx
 from sparsefx.codegen.triton.kernels import kernels as triton_kernels
 from sparsefx.compiler import Compiler, Plan, inductor
@@ -82,8 +83,11 @@ def compile(
     UnknownTarget, UnknownOption, DeviceMismatch, TargetUnavailable, NonFiniteWeight,
     EmptyCalibration and what `sparsify` raises; `model` is unchanged after any of them.
     """
+    if not isinstance(model, nn.Module):
+        raise UnknownOption(option="model", value=model, known="an nn.Module")
     chosen = _target(target, model)
     _check_guard(guard, chosen)
+    _mode_options(mode)
     _check_device(model, chosen, guard)
     _check_weights(model)
     if recipe is not None:
@@ -125,6 +129,8 @@ def backend(
     session = continued(example_inputs, asked)
     session = session or Session("torch.compile", chosen.name, str(guard), asked)
     plan = _plan(chosen, str(guard), mode, recipe, frozenset(), settings)
+    if isinstance(recipe, Recipe):
+        session.globs = tuple(recipe.weights)
     return Compiler(plan, session)(gm, example_inputs)
 
 
@@ -143,7 +149,8 @@ def export_onnx(
 ) -> Report:
     """Writes `model` as an ONNX file with its sparse weights stored packed.
 
-    args, kwargs, dynamic_shapes: as torch.export takes them (an axis that is to be dynamic needs an
+    The model is exported as it is in eval mode, whatever mode it is in, and keeps its mode. args,
+    kwargs, dynamic_shapes: as torch.export takes them (an axis that is to be dynamic needs an
     example size of 2 or more). recipe, calibration: as in `compile`. form: "standard" has standard
     operators only; "functions" keeps sparse linears as nodes of the domain "sparsefx", whose bodies
     are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at the
@@ -151,8 +158,11 @@ def export_onnx(
 
     Returns a Report: a row for each candidate layer, and the file's size, nodes and largest
     difference among its facts. A stock onnxruntime gains file size from this, not time. Raises
-    UnknownOption, NotExportable, ExportFailed and what `compile` raises on bad weights and recipes.
+    UnknownOption, NotExportable, ExportFailed (also when torch.export cannot capture the model with
+    these arguments), OSError, and what `compile` raises on bad weights and recipes.
     """
+    if not isinstance(model, nn.Module):
+        raise UnknownOption(option="model", value=model, known="an nn.Module")
     _check_weights(model)
     if recipe is not None:
         model = sparsify(model, recipe, calibration)
@@ -160,23 +170,38 @@ def export_onnx(
         raise EmptyCalibration()
     kwargs = dict(kwargs or {})
     started = time.perf_counter()
-    gm = graph.capture(model, args, kwargs, dynamic_shapes)
-    ctx = PassContext()
-    run(gm, pipelines.packing(), ctx)
-    seconds = time.perf_counter() - started
-    facts = write_onnx(
-        gm,
-        args,
-        kwargs,
-        Path(path),
-        reference=model,
-        dynamic_shapes=dynamic_shapes,
-        form=form,
-        opset=opset,
-        check=check,
-        progress=True,
-    )
+    with _inferring(model):
+        with blame(Path(path), "torch.export", "Call the model with these arguments first"):
+            gm = graph.capture(model, args, kwargs, dynamic_shapes)
+        ctx = PassContext()
+        run(gm, pipelines.packing(), ctx)
+        seconds = time.perf_counter() - started
+        facts = write_onnx(
+            gm,
+            args,
+            kwargs,
+            Path(path),
+            reference=model,
+            dynamic_shapes=dynamic_shapes,
+            form=form,
+            opset=opset,
+            check=check,
+            progress=True,
+        )
     return _export_report(model, ctx, facts, seconds)
+
+
+@contextlib.contextmanager
+def _inferring(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode: a file with dropout in it computes something else at each call."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _export_report(
@@ -221,13 +246,22 @@ def explain(compiled: Callable[..., object]) -> Report:
     if session is None:
         raise NotCompiled(what=f"this {type(compiled).__name__}")
     report = session.report()
-    return report if session.graphs else Report(report.title, _uncalled(original), report.facts)
+    return Report(report.title, [*report.rows, *_uncaptured(original, session)], report.facts)
 
 
-def _uncalled(model: nn.Module) -> list[Row]:
-    reason = "not captured yet: the first call compiles the model"
-    names = prunable_weights(model)
-    return [Row(name.removesuffix(".weight"), "linear", reason=reason) for name in names]
+def _uncaptured(model: nn.Module, session: Session) -> list[Row]:
+    """Rows of the layers that no graph has read."""
+    reason = (
+        "in no captured graph: its first call compiles it, unless torch.compile leaves it in eager"
+    )
+    return [
+        Row(name.removesuffix(".weight"), _OPS[weight.parameter.dim()], reason=reason)
+        for name, weight in prunable_weights(model).items()
+        if weight.parameter not in session.seen
+    ]
+
+
+_OPS = {2: "linear", 4: "conv"}  # dimensions of a prunable weight -> op of its row
 
 
 def _target(target: object, place: nn.Module | torch.device) -> Target:
@@ -288,14 +322,24 @@ def _plan(
         passes = (ApplyRecipe(recipe), *passes)
     elif recipe is not None:
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
-    patches: dict[str, object] = {}
-    if mode:
-        from torch._inductor import list_mode_options  # slow to import, seldom needed
-
-        patches.update(list_mode_options(mode))
+    patches = _mode_options(mode)
     if isinstance(settings, Mapping):
         patches.update(settings)
-    return Plan(passes, pipelines.training(trained), inductor(patches))
+    elif settings is not None:
+        raise UnknownOption(option="inductor", value=settings, known="a dict of settings")
+    train = pipelines.training(trained)
+    return Plan(passes, train, inductor(patches), has_recipe=recipe is not None)
+
+
+def _mode_options(mode: str | None) -> dict[str, object]:
+    if not mode:
+        return {}
+    from torch._inductor import list_mode_options  # slow to import, seldom needed
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise UnknownOption(option="mode", value=mode, known=", ".join(modes))
+    return dict(modes[mode])
 
 
 def _judge(target: Target, guard: str) -> Judge:
@@ -325,7 +369,9 @@ def _entry(model: nn.Module) -> Callable[..., object]:
     def call(*args: object, **kwargs: object) -> object:
         return model._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
+    # The name is that of a model: torch remembers sizes that vary by file, line and name.
+    name = f"call_{type(model).__name__}_{id(model):x}"
+    call.__code__ = call.__code__.replace(co_name=name)
     return call
 
 

@@ -35,7 +35,15 @@ WHOLE_LAYERS = frozenset(
     }
 )
 ATTENTION = aten.scaled_dot_product_attention.default
-_MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
+# Of which one may be a linear, or a half of an attention, that no rule reads as such.
+_PRODUCTS = frozenset(
+    {
+        *(aten.bmm.default, aten.baddbmm.default, aten.einsum.default, aten.inner.default),
+        *(torch.bmm, torch.baddbmm, torch.einsum, torch.inner, torch.tensordot),
+        *("bmm", "baddbmm", "inner"),
+    }
+)
+_MATMULS = frozenset({aten.matmul.default, *_PRODUCTS})
 
 # operator -> (position of the weight, whether it is stored [in, out])
 _LINEARS = {
@@ -67,13 +75,15 @@ def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
     """The candidates of a normal-form graph, in graph order."""
     for node in gm.graph.nodes:
         if node.target in _LINEARS:
-            yield from list(_linear(node)) or _experts(node)
+            yield from list(_linear(node)) or list(_experts(node)) or _product(node)
         elif node.target in CONVOLUTIONS:
             yield Candidate(node, "conv", module_path(node))
         elif node.target in WHOLE_LAYERS or _holds_linears(gm, node):
             yield Candidate(node, "layer", module_path(node))
-        elif node.target is ATTENTION or _is_eager_attention(node):
+        elif node.target is ATTENTION or _is_flex(node) or _is_eager_attention(node):
             yield Candidate(node, "attention", module_path(node))
+        elif node.target in _PRODUCTS:
+            yield from list(_experts(node)) or _product(node)
         else:
             yield from _experts(node)
 
@@ -117,6 +127,29 @@ def _linear(node: fx.Node) -> Iterator[Candidate]:
         yield Candidate(node, "linear", _layer_name(node, weight), weight, transposed)
     elif node.target is aten.linear.default:
         yield Candidate(node, "linear", module_path(node))
+
+
+def _product(node: fx.Node) -> Iterator[Candidate]:
+    """A product with a matrix of the model that is transposed, or on the left: x @ w.T, w @ x."""
+    for factor in node.all_input_nodes:
+        source = _origin(factor)
+        if source is not None and not (source is factor and _is_bias(node, factor)):
+            yield Candidate(node, "linear", parameter_name(source).removesuffix(".weight"))
+            return
+
+
+def _is_bias(node: fx.Node, factor: fx.Node) -> bool:
+    return node.target is aten.addmm.default and arguments(node)[0] is factor
+
+
+def _origin(factor: fx.Node) -> fx.Node | None:
+    """The matrix that `factor` was made of and of nothing else, or None."""
+    node = factor
+    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    is_matrix = isinstance(value, nn.Parameter) and value.dim() == 2
+    return node if node.op == "get_attr" and is_matrix else None
 
 
 def _is_constant(weight: fx.Node) -> bool:
@@ -163,6 +196,10 @@ def _layer_name(node: fx.Node, weight: fx.Node) -> str:
     return path
 
 
+def _is_flex(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "flex_attention"
+
+
 _STEPS_TO_MATMUL = 5
 
 
@@ -175,15 +212,12 @@ def _is_eager_attention(node: fx.Node) -> bool:
 
 def _reaches_matmul(node: fx.Node, steps: int) -> bool:
     return steps > 0 and any(
-        user.target in _MATMULS or user.target is torch.bmm or _reaches_matmul(user, steps - 1)
-        for user in node.users
+        user.target in _MATMULS or _reaches_matmul(user, steps - 1) for user in node.users
     )
 
 
 def _comes_from_matmul(node: fx.Node, steps: int) -> bool:
     return steps > 0 and any(
-        source.target in _MATMULS
-        or source.target in (torch.bmm, torch.baddbmm, aten.baddbmm.default)
-        or _comes_from_matmul(source, steps - 1)
+        source.target in _MATMULS or _comes_from_matmul(source, steps - 1)
         for source in node.all_input_nodes
     )

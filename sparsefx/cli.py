@@ -16,7 +16,7 @@ from sparsefx.model_files import DTYPES
 
 GUARDS = ("measure", "model", "off")
 FORMS = ("standard", "functions")
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "a100", "h100", "h200", "l4")
 OPSETS = (20, 24)
 
 _ABOUT = """\
@@ -140,7 +140,10 @@ def _add_command(
 
 def _add_compile_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--target", choices=TARGETS, help="default: cuda where there is a GPU, else cpu"
+        "--target",
+        choices=TARGETS,
+        help="default: cuda where there is a GPU, else cpu; a GPU by name is planned for, present "
+        "or not, and needs --guard model",
     )
     command.add_argument(
         "--guard",

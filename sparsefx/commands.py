@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import sparsefx
 from sparsefx.detect import tightest
-from sparsefx.errors import UnreadableModel
+from sparsefx.errors import UnreadableInput, UnreadableModel
 from sparsefx.model_files import load_model, load_tensors, pretrained, sample_inputs
 from sparsefx.report import Report, Row
 
@@ -133,8 +133,21 @@ def _row(name: str, weight: Tensor) -> Row:
 
 def _inputs(model: nn.Module, args: argparse.Namespace, batch: int = 1) -> dict[str, object]:
     if args.input is not None:
-        return dict(load_tensors(args.input))
+        return _read_inputs(model, args.input)
     return sample_inputs(model, args.rows, batch)
+
+
+def _read_inputs(model: nn.Module, path: Path) -> dict[str, object]:
+    """The arguments that a file holds, tried once: after compilation an error would say less."""
+    inputs = load_tensors(path)
+    try:
+        model(**inputs)
+    except Exception as error:  # whatever a model raises on arguments that it does not take
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        rule = f"the model does not take its tensors as arguments: {type(error).__name__}: {reason}"
+        remedy = "It must hold the arguments of one call by name, such as input_ids"
+        raise UnreadableInput(path=path, rule=rule, remedy=remedy) from error
+    return dict(inputs)
 
 
 def _recipe(args: argparse.Namespace) -> sparsefx.Recipe | None:

@@ -5,7 +5,7 @@ Knows no pass and no kernel: what runs is given by a Plan (api.py makes it).
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,10 @@ WITH_GRADIENTS = (
     "gradients are on, so weights may change: call under torch.no_grad() to use kernels"
 )
 MASK_KEPT = "gradients are on: the mask is kept and trainable; torch.no_grad() uses kernels"
+RECIPE_UNUSED = (
+    "gradients are on, so the recipe is not applied: sparsify the model to train it, or call under "
+    "torch.no_grad()"
+)
 UNMATCHED = "no packing rule matches the way this layer is written"
 
 
@@ -53,6 +57,8 @@ class Plan:
     inference: tuple[Pass, ...]
     training: tuple[Pass, ...]
     emit: Emit
+    has_recipe: bool = False
+    """Whether `inference` prunes copies of weights, which training leaves alone."""
 
 
 class Compiler:
@@ -98,6 +104,12 @@ class Compiler:
         bound = bind(gm, inputs)
         ctx = self._context()
         counts = run(bound.gm, self.plan.training, ctx)
+        if self.plan.has_recipe:
+            ctx.rows.update(
+                (key, replace(row, reason=RECIPE_UNUSED))
+                for key, row in ctx.rows.items()
+                if row.op == "linear"
+            )
         self._record(
             bound, ctx, counts, MASK_KEPT if counts.get("insert_masks") else WITH_GRADIENTS
         )
@@ -116,6 +128,7 @@ class Compiler:
         record = GraphRecord(tuple(ctx.rows.values()), dict(ctx.seconds), counts)
         with self._lock:
             self.session.graphs.append(record)
+            self.session.names.update(bound.placeholders)
         remember_weights(bound.weights.values(), self.session)
 
 

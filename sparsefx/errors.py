@@ -163,6 +163,12 @@ class UnreadableModel(SparseFXError, ValueError):
     message = "{path} cannot be read as a model: {rule}. {remedy}"
 
 
+class UnreadableInput(SparseFXError, ValueError):
+    """A file of inputs, given to the shell command, that the model cannot be called with."""
+
+    message = "{path} cannot be read as the model's inputs: {rule}. {remedy}"
+
+
 class MissingPackage(SparseFXError, ImportError):
     """A package that only some features need is not installed."""
 

@@ -105,6 +105,7 @@ def _arguments(
     kwargs = dict(node.kwargs)
     if kwargs.get("inplace") is False:
         del kwargs["inplace"]
+    kwargs.pop("_stacklevel", None)  # nn.Softmax gives it: the depth of a warning
     schema = overload._schema.arguments
     positional = [argument.name for argument in schema if not argument.kwarg_only]
     if len(node.args) > _positions(node.target, positional):

@@ -4,9 +4,11 @@ A model may be captured as several graphs (prefill, decode, another length), eac
 called; a session collects them and explain() reads it.
 """
 
+import fnmatch
+import itertools
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,8 @@ class Session:
     """The record of one compilation. Keeps no tensor alive.
 
     asked: what the compilation was asked for, as text; graphs of one model that ask for the same
-    thing belong together.
+    thing belong together. seen: the weights that its graphs read, as keys, and `names`,
+    by name. globs: the keys of a recipe that the backend was given.
     """
 
     title: str
@@ -38,6 +41,9 @@ class Session:
     guard: str
     asked: str = ""
     graphs: list[GraphRecord] = field(default_factory=list)
+    seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    names: set[str] = field(default_factory=set)
+    globs: tuple[str, ...] = ()
     _weights: "weakref.ref[WeightMemo] | None" = None
 
     def weights(self) -> WeightMemo:
@@ -59,6 +65,7 @@ class Session:
 
     def _facts(self) -> dict[str, str]:
         totals: dict[str, float] = {}
+        idle = [key for key in self.globs if not fnmatch.filter(self.names, key)]
         for graph in self.graphs:
             for name, seconds in graph.seconds.items():
                 totals[name] = totals.get(name, 0.0) + seconds
@@ -67,6 +74,7 @@ class Session:
             "guard": self.guard,
             "graphs": str(len(self.graphs)),
             "torch": str(torch.__version__),
+            **({"recipe keys that matched nothing": ", ".join(idle)} if idle else {}),
             "seconds in passes": f"{sum(totals.values()):.2f}",
             **{f"seconds in {name}": f"{seconds:.2f}" for name, seconds in totals.items()},
         }
@@ -87,7 +95,7 @@ def remember_model(model: nn.Module, session: Session) -> None:
 def remember_weights(weights: Iterable[Tensor], session: Session) -> None:
     """Links weights to the session whose graph reads them."""
     for weight in weights:
-        _BY_WEIGHT[weight] = session
+        session.seen[weight] = _BY_WEIGHT[weight] = session
 
 
 def continued(inputs: Iterable[object], asked: str) -> Session | None:
@@ -100,11 +108,25 @@ def continued(inputs: Iterable[object], asked: str) -> Session | None:
 
 
 def recall(model: nn.Module) -> Session | None:
-    """The session that compiled a model or, last, any of its parameters."""
+    """The session that compiled a model or, last, its weights: several, joined, if they differ."""
     if model in _BY_MODEL:
         return _BY_MODEL[model]
-    for parameter in model.parameters():
-        session = _BY_WEIGHT.get(parameter)
-        if isinstance(session, Session):
-            return session
-    return None
+    weights = itertools.chain(model.parameters(), model.buffers())
+    found = {id(session): session for session in map(_BY_WEIGHT.get, weights) if session}
+    return _joined(list(found.values()))
+
+
+def _joined(sessions: Sequence[Session]) -> Session | None:
+    """One record of all. Graphs that share no weight, as on two sides of a graph break, come to a
+    backend as if they were of two models."""
+    if len(sessions) < 2:
+        return sessions[0] if sessions else None
+    first = sessions[0]
+    whole = Session(first.title, first.target, first.guard, first.asked, globs=first.globs)
+    for number, graph in enumerate(graph for session in sessions for graph in session.graphs):
+        rows = tuple(replace(row, graph=number) for row in graph.rows)
+        whole.graphs.append(replace(graph, rows=rows))
+    for session in sessions:
+        whole.seen.update(session.seen)
+        whole.names |= session.names
+    return whole

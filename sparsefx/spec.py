@@ -67,7 +67,7 @@ class NM:
     criterion: Criterion = Magnitude()
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
+        if not _whole(self.n, self.m) or not 0 < self.n < self.m:
             raise InvalidPattern(
                 pattern=f"NM({self.n}, {self.m})",
                 rule="n counts the weights kept of each m and 0 < n < m must hold",
@@ -110,7 +110,7 @@ class Block:
 
     def __post_init__(self) -> None:
         _check_sparsity(self, self.sparsity)
-        if self.rows < 1 or self.cols < 1:
+        if not _whole(self.rows, self.cols) or self.rows < 1 or self.cols < 1:
             raise InvalidPattern(
                 pattern=f"Block({self.rows}, {self.cols})",
                 rule="a block has at least one row and one column",
@@ -146,6 +146,15 @@ class Recipe:
     """
 
     weights: Mapping[str, Pattern | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping):
+            raise _misuse("weights", f"{self.weights!r} is not a dict of globs and patterns")
+        for key, pattern in self.weights.items():
+            if not isinstance(key, str):
+                raise _misuse("weights", f"the key {key!r} is not a glob on parameter names")
+            if not isinstance(pattern, Pattern | None):
+                raise _misuse(f"weights[{key!r}]", f"{pattern!r} is not a pattern")
 
     def pattern_for(self, name: str) -> Pattern | None:
         """The pattern of the parameter called `name`, or None where it stays dense."""
@@ -218,12 +227,21 @@ def _is_number(name: str, value: object) -> bool:
     return isinstance(value, legal) and not isinstance(value, bool)
 
 
+def _misuse(where: str, rule: str) -> InvalidRecipe:
+    remedy = 'Write Recipe(weights={"*.mlp.*": NM(2, 4), "lm_head.*": None})'
+    return InvalidRecipe(where=where, rule=rule, remedy=remedy)
+
+
 def _invalid(path: str | Path, rule: str) -> InvalidRecipe:
     return InvalidRecipe(where=path, rule=rule, remedy="Recipe.to_toml shows the form")
 
 
-def _check_sparsity(pattern: object, sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
+def _whole(*numbers: object) -> bool:
+    return all(isinstance(number, int) for number in numbers)
+
+
+def _check_sparsity(pattern: object, sparsity: object) -> None:
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise InvalidPattern(
             pattern=f"{type(pattern).__name__}(sparsity={sparsity})",
             rule="sparsity is the share of zeros and must lie in [0, 1)",

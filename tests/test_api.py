@@ -303,6 +303,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {  # Any: wrong ty
     "absent device": ({"target": "a100"}, errs.TargetUnavailable, "guard='model'"),
     "unmatched glob": ({"recipe": Recipe({"nope*": NM(2, 4)})}, errs.NothingMatches, "'nope\\*'"),
     "misfit": ({"recipe": Recipe({"*": NM(2, 5)})}, errs.PatternDoesNotFit, "multiple of m=5"),
+    "recipe of a wrong type": ({"recipe": "2:4"}, errs.UnknownOption, "a sparsefx.Recipe"),
+    "unknown mode": ({"mode": "turbo"}, errs.UnknownOption, "'turbo'.*max-autotune"),
     "empty calibration": ({"calibration": []}, errs.EmptyCalibration, "no batch"),
 }
 
@@ -329,6 +331,11 @@ def test_nan_weights_are_refused_by_name() -> None:
 def test_a_model_elsewhere_than_its_target() -> None:
     with pytest.raises(errs.DeviceMismatch, match="on meta but target 'cpu'"):
         sparsefx.compile(two().to("meta"), target="cpu")
+
+
+def test_a_function_is_no_model() -> None:
+    with pytest.raises(errs.UnknownOption, match="an nn.Module"):
+        sparsefx.compile(len)  # type: ignore[type-var]  # what is tested
 
 
 def test_backend_options_are_checked() -> None:

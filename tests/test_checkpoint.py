@@ -213,3 +213,12 @@ def test_another_models_checkpoint_is_refused(
     assert says in str(caught.value)
     assert annotations(model) == {}
     assert before == {} or snapshot(model) == before
+
+
+def test_all_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    save(zoo(), tmp_path / "out", recipe=Recipe(weights={"*": NM(2, 4)}))
+    (tmp_path / "new").touch()
+    wanted = (tmp_path / "new").stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 3
+    assert set(modes.values()) == {wanted}, modes

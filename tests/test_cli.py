@@ -183,6 +183,27 @@ def test_input_replaces_the_made_up_sample(
     assert "@ 13" in capsys.readouterr().out
 
 
+def test_explain_plans_for_a_gpu_that_is_absent(
+    folder: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["--target", "h100", "--guard", "model"]
+    assert run("explain", folder, *plan, "--recipe", recipe, "--rows", 8) == 0
+    assert "triton_nm_linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["explain"], ["export", "m.onnx"]], ids=lambda argv: argv[0])
+def test_input_that_the_model_does_not_take(
+    command: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = tmp_path / "arguments.safetensors"
+    save_file({"no_such_argument": torch.zeros(1, 13)}, arguments)
+    name, *out = command
+    assert run(name, folder, *(tmp_path / path for path in out), "--input", arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sparsefx {name}: {arguments} cannot be read as the model's inputs")
+    assert list(tmp_path.iterdir()) == [arguments]
+
+
 class Bad:
     """Arguments that must be refused; each takes the test's folder, makes its files there."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparsefx
 from sparsefx.codegen.onnx.export import export
 from sparsefx.errors import ExportFailed, NotExportable, UnknownOption
 from sparsefx.graph import capture
@@ -128,4 +129,29 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     model, x = Odd(), torch.eye(3)
     with pytest.raises(ExportFailed, match=r"eigh"):
         export(capture(model, (x,)), (x,), {}, tmp_path / "m.onnx", reference=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "dynamic_shapes"),
+    [((torch.randn(4, 31),), None), ((), None), ((torch.randn(4, 32),), ({}, {}))],
+    ids=["wrong width", "too few", "dynamic_shapes of another structure"],
+)
+def test_arguments_that_the_model_does_not_take(args, dynamic_shapes, tmp_path):
+    with pytest.raises(ExportFailed, match="torch.export.*Call the model with these arguments"):
+        sparsefx.export_onnx(
+            sparse_mlp(), args, tmp_path / "m.onnx", dynamic_shapes=dynamic_shapes, check=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_module_is_refused(tmp_path):
+    with pytest.raises(UnknownOption, match="nn.Module"):
+        sparsefx.export_onnx(torch.relu, (torch.randn(2),), tmp_path / "m.onnx")
+
+
+def test_a_folder_of_that_name_is_refused(tmp_path):
+    model, x = sparse_mlp(), torch.randn(4, 32)
+    with pytest.raises(ExportFailed, match="folder of that name"):
+        export(packed_mlp(model, x), (x,), {}, tmp_path, reference=model)
     assert list(tmp_path.iterdir()) == []

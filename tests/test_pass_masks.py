@@ -1,9 +1,13 @@
 """What detect finds and says; what is masked, by which name, and how masks are folded."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import sparsefx
 from sparsefx.graph import capture
 from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
@@ -21,14 +25,18 @@ from tests.pass_models import (
     Net,
     after,
     assert_same_numbers,
+    bias,
     calls,
     one,
     sparse,
+    transposed,
     x_of,
 )
 
+Rows = dict[str, tuple[str, str, str]]
 
-def rows(model: nn.Module, *args: Tensor) -> dict[str, tuple[str, str, str]]:
+
+def rows(model: nn.Module, *args: Tensor) -> Rows:
     _, ctx, _ = after(model, (Detect(),), *args)
     return {row.name: (row.op, row.pattern, row.reason) for row in ctx.rows.values()}
 
@@ -60,6 +68,58 @@ def test_detect_gives_each_kind_of_layer_a_row() -> None:
     assert sorted(ops) == ["attention", "conv", "conv", "conv", "experts", "linear"]
     assert all(reason for _, _, reason in found.values())
     assert "computed or changed in the graph" in found["linear"][2]
+
+
+def dynamo_rows(model: nn.Module, *args: Tensor) -> Rows:
+    fast = sparsefx.compile(model, guard="model")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*args), model(*args))
+    return {row.name: (row.op, row.pattern, row.reason) for row in sparsefx.explain(fast).rows}
+
+
+@pytest.mark.parametrize("door", [rows, dynamo_rows])
+def test_products_that_no_rule_reads_as_linears_get_a_row(door: Callable[..., Rows]) -> None:
+    model = Around(
+        lambda s, x: (
+            x @ s.turned.T
+            + torch.einsum("bi,oi->bo", x, s.summed)
+            + (s.left @ x.t()).t()
+            + torch.addmm(s.bias, x, s.added.t())
+            + torch.addmm(s.shift, x, x.t() @ x)
+        ),
+        turned=transposed(TWO_FOUR),
+        summed=transposed(TWO_FOUR),
+        left=transposed(TWO_FOUR),
+        added=transposed(TWO_FOUR),
+        bias=bias(WIDTH),
+        shift=bias(1, WIDTH),
+    ).eval()
+    found = door(model, x_of(4, WIDTH))
+    assert set(found) == {"turned", "summed", "left", "added"}
+    assert {op for op, _, _ in found.values()} == {"linear"}
+    assert all("transposed there" in reason for _, _, reason in found.values())
+
+
+class OwnAttention(nn.Module):
+    """Attention as people write it."""
+
+    def __init__(self, einsum: bool) -> None:
+        super().__init__()
+        self.softmax, self.einsum = nn.Softmax(dim=-1), einsum
+
+    def forward(self, q: Tensor) -> Tensor:
+        if self.einsum:
+            scores = torch.einsum("bqd,bkd->bqk", q, q)
+            return torch.einsum("bqk,bkd->bqd", scores.softmax(-1), q)
+        result: Tensor = self.softmax(q @ q.mT / 4) @ q
+        return result
+
+
+@pytest.mark.parametrize("door", [rows, dynamo_rows])
+@pytest.mark.parametrize("einsum", [False, True])
+def test_attention_written_by_hand_gets_a_row(door: Callable[..., Rows], einsum: bool) -> None:
+    found = door(OwnAttention(einsum).eval(), x_of(2, 3, WIDTH))
+    assert [op for op, _, _ in found.values()] == ["attention"]
 
 
 def test_detect_takes_embeddings_of_positions_for_no_experts() -> None:

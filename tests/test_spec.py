@@ -1,6 +1,7 @@
 """Patterns keep exact counts, break ties by index, and travel through TOML."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +170,28 @@ def test_binary_files_and_senseless_numbers_are_refused(tmp_path: Path) -> None:
     path.write_text(ENTRY + '"nm"\nn = 5\nm = 4')
     with pytest.raises(InvalidPattern):
         Recipe.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ({"*": "2:4"}, r"recipe weights\['\*'\]: '2:4' is not a pattern"),
+        ({1: NM(2, 4)}, "the key 1 is not a glob"),
+        ([("*", NM(2, 4))], "is not a dict"),
+    ],
+)
+def test_recipes_of_wrong_types_are_refused(weights: Any, text: str) -> None:  # Any: what is tested
+    with pytest.raises(InvalidRecipe, match=text):
+        Recipe(weights)
+
+
+def test_numbers_of_wrong_types_are_refused() -> None:
+    wrong: list[Any] = [  # Any: what is tested
+        lambda: NM(2.0, 4),  # type: ignore[arg-type]
+        lambda: NM("2", 4),  # type: ignore[arg-type]
+        lambda: Block(16.0, 16, 0.5),  # type: ignore[arg-type]
+        lambda: Unstructured("0.5"),  # type: ignore[arg-type]
+    ]
+    for make in wrong:
+        with pytest.raises(InvalidPattern):
+            make()

@@ -1,1 +1,1 @@
-"""."""
+"""Graph module -> ONNX file that a stock onnxruntime loads."""

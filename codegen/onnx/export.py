@@ -75,15 +75,15 @@ def export(
     Raises UnknownOption, NotExportable (masks left, bfloat16, opset), ExportFailed.
     """
     start = time.perf_counter()
-    _refuse(gm, form, opset)
+    _refuse(gm, path, form, opset)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
     with tqdm(total=4, desc=f"export {path.name}", disable=not progress) as bar:
-        with _blame(path, "torch.export", "Export the model's forward with these arguments first"):
+        with blame(path, "torch.export", "Export the model's forward with these arguments first"):
             program = to_program(gm, args, kwargs, dynamic_shapes)
         bar.update()
-        with _blame(path, "torch.onnx", "Replace the operator it names, or export a submodule"):
+        with blame(path, "torch.onnx", "Replace the operator it names, or export a submodule"):
             model = to_onnx(program, opset)
-            weights = lower(model, form)
+            weights = lower(model, form, _added(gm))
         bar.update()
         with _staging(path) as staged:
             _save(model, staged, path, one_file)
@@ -97,7 +97,16 @@ def export(
     return ExportFacts(path, form, opset, size, len(model.graph), weights, *compared, seconds)
 
 
-def _refuse(gm: fx.GraphModule, form: str, opset: int) -> None:
+def _added(gm: fx.GraphModule) -> frozenset[str]:
+    """Names of the tensors that passes put beside the model's own."""
+    attributes = gm.graph.find_nodes(op="get_attr")
+    return frozenset(str(node.target) for node in attributes if "sparsefx" in node.meta)
+
+
+def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int) -> None:
+    if path.is_dir():
+        rule = "there is a folder of that name"
+        raise ExportFailed(path=path, rule=rule, remedy="Give the name of a file, such as m.onnx")
     if form not in FORMS:
         raise UnknownOption(option="form", value=form, known=", ".join(FORMS))
     if opset == 23:
@@ -132,15 +141,15 @@ def _check(
     reference: Callable[..., object],
 ) -> _Compared:
     """The largest absolute difference and the shapes tried. Raises ExportFailed."""
-    with _blame(path, "onnx.checker", "Please report this model"):
+    with blame(path, "onnx.checker", "Please report this model"):
         check_file(staged)
-    with _blame(path, "onnxruntime cannot load the file", "Please report this model"):
+    with blame(path, "onnxruntime cannot load the file", "Please report this model"):
         runtime = session(staged)
     worst, shapes = 0.0, []
     for probe in probes(program, args, kwargs):
         where = f"at input shapes {probe.shapes}"
         remedy = "Narrow dynamic_shapes to sizes that the model takes, or report this model"
-        with _blame(path, f"the comparison with PyTorch {where}", remedy):
+        with blame(path, f"the comparison with PyTorch {where}", remedy):
             found = difference(runtime, reference, probe)
         if not found.passes:
             raise ExportFailed(
@@ -158,7 +167,7 @@ def _save(model: ir.Model, staged: Path, path: Path, one_file: int) -> None:
     tensors = (value.const_value for value in model.graph.initializers.values())
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     external = f"{staged.name}.data" if weights > one_file else None
-    with _blame(path, "writing it", "Is there enough disk space?"):
+    with blame(path, "writing it", "Is there enough disk space?"):
         ir.save(model, staged, external_data=external)
 
 
@@ -177,7 +186,7 @@ def _staging(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _blame(path: Path, step: str, remedy: str) -> Iterator[None]:
+def blame(path: Path, step: str, remedy: str) -> Iterator[None]:
     """Turns whatever a foreign library raises in `step` into ExportFailed, which names the step."""
     try:
         yield

@@ -10,7 +10,7 @@ onnxruntime folds the Transpose at load. A packed weight `p` becomes `p.values` 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,11 +61,12 @@ class _Lowering:
         return next(name for name in (parameter, *numbered) if name not in taken)
 
 
-def lower(model: ir.Model, form: str) -> tuple[StoredWeight, ...]:
+def lower(model: ir.Model, form: str, added: Collection[str] = ()) -> tuple[StoredWeight, ...]:
     """Brings `model` (of translate.py) to its final form, in place; returns its packed weights.
 
     form: "functions" keeps packed linears as nodes of domain "sparsefx" with model-local functions,
-    "standard" inlines them, so that only ai.onnx operators are left.
+    "standard" inlines them, so that only ai.onnx operators are left. added: names of tensors that
+    passes put beside the model's own; only these are renamed.
     """
     state = _Lowering(model)
     for node in list(model.graph.all_nodes()):
@@ -76,7 +77,7 @@ def lower(model: ir.Model, form: str) -> tuple[StoredWeight, ...]:
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
-    _restore_masked_names(model)
+    _restore_masked_names(model, added)
     _strip_traces(model)
     return tuple(weight for _, _, weight in state.stored.values())
 
@@ -202,6 +203,7 @@ def _dtype(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
+_MASKED_SUFFIX = re.compile(r"_masked(_\d+)?$")
 _PACKED_SUFFIX = re.compile(r"[._]values(_\d+)?$")
 
 
@@ -237,12 +239,12 @@ def _required(value: ir.Value | None) -> ir.Value:
     return value
 
 
-def _restore_masked_names(model: ir.Model) -> None:
+def _restore_masked_names(model: ir.Model, added: Collection[str]) -> None:
     """A weight that a folded mask changed, "w_masked", is the parameter w of this model."""
     initializers = model.graph.initializers
     for value in list(initializers.values()):
-        name = str(value.name).removesuffix("_masked")
-        if name not in initializers:
+        name = _MASKED_SUFFIX.sub("", str(value.name))
+        if value.name in added and name not in initializers:
             value.name = name
 
 

@@ -5,10 +5,11 @@ pair of nodes, which is two thirds of the time to export a 30-layer language mod
 weights (batch norm folded into convolutions, which onnxruntime does at load anyway).
 """
 
+from collections.abc import Collection, Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     InlinePass,
     LiftConstantsToInitializersPass,
     LiftSubgraphInitializersToMainGraphPass,
@@ -46,11 +47,14 @@ _RULES = (
     rules.collapse_slice2_rule,
     rules.fuse_pad_into_conv_rule,
 )
+_SMALL = 1024  # bytes; comparing larger constants costs more than it saves
 _ROUNDS = 2  # what a rule removes may let constants fold, and the other way round
 
 
 def simplify(model: ir.Model) -> None:
-    """Simplifies `model` in place; large weights are neither folded nor renamed."""
+    """Simplifies `model` in place; weights and inputs keep their names, large ones are kept."""
+    inputs = [(value, value.name) for value in model.graph.inputs]
+    weights = set(model.graph.initializers)
     InlinePass()(model)
     rule_set = RewriteRuleSet(_RULES)
     for _ in range(_ROUNDS):
@@ -58,12 +62,35 @@ def simplify(model: ir.Model) -> None:
         rule_set.apply_to_model(model)
         RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
-    for tidy in (
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        LiftSubgraphInitializersToMainGraphPass(),
-        DeduplicateInitializersPass(),
-        CommonSubexpressionEliminationPass(),
-        OutputFixPass(),
-        NameFixPass(),
-    ):
-        tidy(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
+    _merge_constants(model, weights)
+    CommonSubexpressionEliminationPass()(model)
+    OutputFixPass()(model)
+    _restore_inputs(model, inputs)
+    NameFixPass()(model)
+
+
+def _merge_constants(model: ir.Model, weights: Collection[str | None]) -> None:
+    """Stores equal small constants once. Equal weights, two fresh biases say, stay two names."""
+    initializers = model.graph.initializers
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(initializers.items()):
+        tensor = value.const_value
+        if name in weights or tensor is None or tensor.nbytes > _SMALL or value.is_graph_output():
+            continue
+        same = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if same is not value:
+            value.replace_all_uses_with(same)
+            del initializers[name]
+
+
+def _restore_inputs(model: ir.Model, inputs: Sequence[tuple[ir.Value, str | None]]) -> None:
+    """An input `x` that is also an output stays `x`; OutputFixPass gave its name to the output."""
+    for value, name in inputs:
+        if value.name == name:
+            continue
+        for output in model.graph.outputs:
+            if output.name == name:
+                output.name = f"{name}_out"
+        value.name = name

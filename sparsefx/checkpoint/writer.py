@@ -57,6 +57,8 @@ def save(
             recipe.to_toml(stack.enter_context(replacing(folder / RECIPE_FILE)))
         Recipe(weights=annotations(model)).to_toml(annotations_file)
         save_file(tensors, weights_file, metadata=metadata)
+        # safetensors makes a file that its owner alone may read; the rest of the folder is not.
+        weights_file.chmod(annotations_file.stat().st_mode)
     if recipe is None:
         (folder / RECIPE_FILE).unlink(missing_ok=True)
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsefx.annotations import annotate
-from sparsefx.errors import EmptyCalibration, NonFiniteWeight, NothingMatches, PatternDoesNotFit
+from sparsefx.errors import (
+    EmptyCalibration,
+    NonFiniteWeight,
+    NothingMatches,
+    PatternDoesNotFit,
+    UnknownOption,
+)
 from sparsefx.formats import pack_bits, unpack_bits
 from sparsefx.prune.weights import PrunableWeight, prunable_weights
 from sparsefx.spec import Pattern, Recipe
@@ -45,6 +51,8 @@ def sparsify(
     each pruned element. Raises NothingMatches, PatternDoesNotFit, NonFiniteWeight,
     EmptyCalibration; `model` is unchanged after any of them.
     """
+    if not isinstance(recipe, Recipe):
+        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
     if calibration is not None and not any(True for _ in calibration):
         raise EmptyCalibration()
     weights = prunable_weights(model)
