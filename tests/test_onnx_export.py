@@ -12,7 +12,6 @@ from torch.export import Dim
 
 import sparsefx
 from sparsefx.codegen.onnx.export import export
-from sparsefx.codegen.onnx.summary import summary
 from sparsefx.graph import capture
 from sparsefx.spec import NM
 from tests.onnx_graphs import fuse, pack, packed_mlp, sparse_mlp
@@ -253,15 +252,6 @@ def test_the_model_is_left_as_it_was(tmp_path):
     export(gm, (x,), {}, tmp_path / "m.onnx", reference=model)
     assert gm.code == code
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-
-
-def test_summary_says_what_a_stock_runtime_gains(tmp_path):
-    model, x = sparse_mlp(width=256), torch.randn(4, 32)
-    facts = export(packed_mlp(model, x), (x,), {}, tmp_path / "m.onnx", reference=model)
-    text = summary(facts)
-    assert "not time" in text
-    assert "2 packed weights" in text
-    assert f"{facts.max_abs_error:.2g}" in text
 
 
 @pytest.mark.parametrize("form", FORMS)
