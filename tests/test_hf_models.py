@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 import sparsefx
+from sparsefx.errors import ExportFailed
 from sparsefx.graph import capture
 from sparsefx.passes import pipelines
 from sparsefx.pipeline import PassContext, run
@@ -130,3 +132,20 @@ def test_stacked_experts_get_a_row_and_a_reason() -> None:
     experts = [row for row in compiler.session.graphs[0].rows if row.op == "experts"]
     assert len(experts) == 4  # two layers, gate_up and down
     assert all("3-d" in row.reason for row in experts)
+
+
+@pytest.mark.parametrize("name", ["llama_padded", "whisper_encoder", "gpt2"])
+def test_export_to_onnx_is_checked(name: str, tmp_path: Path) -> None:
+    case = pruned(name)
+    report = sparsefx.export_onnx(case.model, (), tmp_path / "m.onnx", kwargs=case.kwargs)
+    assert float(report.facts["largest |onnxruntime - PyTorch|"]) < 1e-5
+    packed = [row for row in report.rows if "stored packed" in row.reason]
+    assert len(packed) >= case.linears - 1  # GPT-2's head is its embedding, and stays dense
+    assert report.check() == []
+
+
+def test_what_torch_onnx_cannot_export_is_one_typed_error(tmp_path: Path) -> None:
+    case = pruned("mixtral")  # its grouped product has no ONNX function
+    with pytest.raises(ExportFailed, match="grouped_mm"):
+        sparsefx.export_onnx(case.model, (), tmp_path / "m.onnx", kwargs=case.kwargs)
+    assert list(tmp_path.iterdir()) == []

@@ -137,7 +137,7 @@ def probes(
 
     Floats are normal (and positive if the example is nowhere negative); integers lie in the
     example's range; bools, and integers that are only 0 and 1 (padding masks), are the example's,
-    stretched, so that no row of a mask becomes empty.
+    stretched, so that no row of a mask becomes empty, and padded on the right (`_padded_right`).
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     signature = program.graph_signature
@@ -217,7 +217,7 @@ def _fresh(example: Tensor, shape: list[int], generator: torch.Generator) -> Ten
         return example.new_zeros(shape)
     low, high = int(example.min()), int(example.max())
     if example.dtype is torch.bool or (low >= 0 and high <= 1):
-        return _stretch(example, shape)
+        return _padded_right(_stretch(example, shape))
     return torch.randint(low, high + 1, shape, generator=generator).to(example)
 
 
@@ -228,3 +228,14 @@ def _stretch(example: Tensor, shape: list[int]) -> Tensor:
         index = torch.arange(size, device=example.device) * old // max(size, 1)
         example = example.index_select(dim, index)
     return example.clone()
+
+
+def _padded_right(mask: Tensor) -> Tensor:
+    """Rows of a [batch, length] mask that begin with 0, turned round.
+
+    Behind left padding a causal query sees no key at all, and what attention over nothing gives is
+    not defined: PyTorch's own kernels differ there too.
+    """
+    if mask.dim() != 2 or not mask.numel():
+        return mask
+    return torch.where(mask[:, :1] == 0, mask.flip(-1), mask)
