@@ -1,5 +1,7 @@
 """Which passes run, in which order, for which exit."""
 
+from sparsefx import debug
+from sparsefx.errors import InvalidSetting
 from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
 from sparsefx.passes.fuse_epilogue import FuseEpilogue
@@ -24,3 +26,11 @@ def packing() -> tuple[Pass, ...]:
 def training(trained: frozenset[str]) -> tuple[Pass, ...]:
     """With gradients: the weights named in `trained` get masks and stay trainable."""
     return (Detect(), InsertMasks(only=trained))
+
+
+def check_skipped() -> None:
+    """Raises InvalidSetting if SPARSEFX_SKIP names a pass that there is not."""
+    known = ("apply_recipe", *(each.name for each in packing()), "lower")
+    for name in sorted(debug.settings().skip):
+        if name not in known:
+            raise InvalidSetting(variable="SPARSEFX_SKIP", value=name, known=", ".join(known))

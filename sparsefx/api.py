@@ -168,6 +168,7 @@ def export_onnx(
         model = sparsify(model, recipe, calibration)
     elif calibration is not None and not any(True for _ in calibration):
         raise EmptyCalibration()
+    pipelines.check_skipped()
     kwargs = dict(kwargs or {})
     started = time.perf_counter()
     with _inferring(model):
@@ -317,6 +318,7 @@ def _plan(
     trained: frozenset[str],
     settings: object = None,
 ) -> Plan:
+    pipelines.check_skipped()
     passes = pipelines.inference(target, _judge(target, guard), proof=guard != "off")
     if isinstance(recipe, Recipe):
         passes = (ApplyRecipe(recipe), *passes)

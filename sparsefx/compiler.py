@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
+from sparsefx import debug
 from sparsefx.graph import Bound, bind, unbind, weight_name
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.session import GraphRecord, Session, remember_weights
@@ -83,7 +84,10 @@ class Compiler:
         bound = bind(gm, inputs)
         ctx = self._context()
         counts = run(bound.gm, self.plan.inference, ctx)
-        self._record(bound, ctx, counts, UNMATCHED)
+        skipped = ", ".join(sorted(debug.settings().skip))
+        self._record(
+            bound, ctx, counts, f"SPARSEFX_SKIP left out {skipped}" if skipped else UNMATCHED
+        )
         function = self.plan.emit(unbind(bound), inputs)
         return Variant(function, _bound_inputs(gm, bound, ctx.baked))
 

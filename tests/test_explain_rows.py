@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsefx
+from sparsefx.errors import InvalidSetting
 from sparsefx.spec import NM, Recipe
 from tests.test_api import two
 
@@ -63,3 +64,19 @@ def test_a_recipe_that_gradients_leave_unused_says_so() -> None:
     report = sparsefx.explain(compiled)
     assert all("the recipe is not applied" in row.reason for row in report.rows)
     assert report.facts["recipe keys that matched nothing"] == "nope.*"
+
+
+@torch.no_grad()
+def test_a_skipped_pass_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFX_SKIP", "pack_nm,pack_bitmap")
+    model = two()
+    fast, x = sparsefx.compile(model, guard="off"), torch.randn(4, 32)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    reasons = {row.reason for row in sparsefx.explain(fast).rows}
+    assert reasons == {"SPARSEFX_SKIP left out pack_bitmap, pack_nm"}
+
+
+def test_a_misspelt_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFX_SKIP", "pack-nm")
+    with pytest.raises(InvalidSetting, match=r"SPARSEFX_SKIP='pack-nm'.*pack_nm, pack_bitmap"):
+        sparsefx.compile(two())
