@@ -3,7 +3,7 @@
 Runs first. Reads the zeros that are in the weights of an arbitrary checkpoint; changes no node.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -35,15 +35,16 @@ class Detect:
 def _row(candidate: Candidate, ctx: PassContext) -> Row:
     row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
     if candidate.op == "attention":
-        return _declined(row, "attention is dense: thresholded attention is not built yet")
+        return replace(row, reason="attention is dense: thresholded attention is not built yet")
     if candidate.op == "layer":
-        return _declined(row, "its linears are inside one operator, which is left as it is")
+        return replace(row, reason="its linears are inside one operator, which is left as it is")
     if candidate.op == "conv":
-        return _declined(row, "convolution: there is no sparse kernel for convolutions yet")
+        return replace(row, reason="convolution: there is no sparse kernel for convolutions yet")
     if candidate.op == "experts":
-        return _declined(row, "a stack of expert weights: no kernel takes 3-d weights yet")
+        return replace(row, reason="a stack of expert weights: no kernel takes 3-d weights yet")
     if candidate.weight is None:
-        return _declined(row, "the weight is computed or changed in the graph, or transposed there")
+        reason = "the weight is computed or changed in the graph, or transposed there"
+        return replace(row, reason=reason)
     return _weight_row(row, candidate, ctx)
 
 
@@ -58,15 +59,9 @@ def _weight_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     assert isinstance(x, fx.Node)
     rows, vary = rows_of(x)
     size = weight.numel() * weight.element_size()
-    row = Row(
-        **{**vars(row), "shape": f"{out}x{in_} @ {rows}{'..' if vary else ''}"}
-        | {"dense_bytes": size, "stored_bytes": size}
-    )
+    shape = f"{out}x{in_} @ {rows}{'..' if vary else ''}"
+    row = replace(row, shape=shape, dense_bytes=size, stored_bytes=size)
     found = ctx.weights.found(weight, candidate.transposed)
     if found.pattern is None:
-        return _declined(row, found.reason)
-    return Row(**{**vars(row), "pattern": str(found.pattern)})
-
-
-def _declined(row: Row, reason: str) -> Row:
-    return Row(**{**vars(row), "reason": reason})
+        return replace(row, reason=found.reason)
+    return replace(row, pattern=str(found.pattern))

@@ -128,7 +128,7 @@ class Compiler:
         """Adds the graph to the session; a row that no pass explained gets the `otherwise`."""
         for key, row in ctx.rows.items():
             if not row.kernel and not row.reason:
-                ctx.rows[key] = type(row)(**{**vars(row), "reason": otherwise})
+                ctx.rows[key] = replace(row, reason=otherwise)
         record = GraphRecord(tuple(ctx.rows.values()), dict(ctx.seconds), counts)
         with self._lock:
             self.session.graphs.append(record)

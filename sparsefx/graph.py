@@ -103,8 +103,6 @@ def unbind(bound: Bound) -> fx.GraphModule:
         if node.target in bound.placeholders:
             node.replace_all_uses_with(inputs[bound.placeholders[str(node.target)]])
             gm.graph.erase_node(node)
-    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-    remove_unused(gm, used)
     _flatten(gm)
     gm.graph.lint()
     gm.recompile()

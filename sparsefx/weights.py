@@ -29,7 +29,7 @@ class WeightMemo:
         key = (id(weight), version(weight), transposed)
         known = self._found.get(key)
         if known is None:
-            stored = weight.detach().t().contiguous() if transposed else weight.detach()
+            stored = weight.detach().t() if transposed else weight.detach()
             known = self._found[key] = (weight, tightest(stored))  # holding it keeps the id valid
         return known[1]  # not self._found[key]: another thread may have called forget()
 
