@@ -1,23 +1,36 @@
-"""Annotations: which pattern was decided for which parameter, kept on the model itself.
+"""Annotations: what was decided about a model, kept on the model itself.
 
-They are one plain attribute of the root module: `copy.deepcopy` carries them along, `state_dict()`
-does not see them, and `sparsefx.checkpoint` writes them beside the weights.
+The pattern of each parameter, by parameter name, and the thresholds of each attention, by module
+name. They are plain attributes of the root module: `copy.deepcopy` carries them along,
+`state_dict()` does not see them, and `sparsefx.checkpoint` writes them beside the weights.
 """
 
 from collections.abc import Mapping
 
 from torch import nn
 
+from sparsefx.attention.thresholds import AttentionThresholds
 from sparsefx.spec import Pattern
 
-_ATTRIBUTE = "_sparsefx_annotations"
+_PATTERNS = "_sparsefx_annotations"
+_THRESHOLDS = "_sparsefx_attention"
 
 
 def annotations(model: nn.Module) -> dict[str, Pattern]:
     """Parameter name -> pattern decided for it; a copy, empty where nothing was decided."""
-    return dict(getattr(model, _ATTRIBUTE, {}))
+    return dict(getattr(model, _PATTERNS, {}))
 
 
 def annotate(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
     """Adds `patterns` (parameter name -> pattern) to the model's annotations; later ones win."""
-    setattr(model, _ATTRIBUTE, {**annotations(model), **patterns})
+    setattr(model, _PATTERNS, {**annotations(model), **patterns})
+
+
+def attention_thresholds(model: nn.Module) -> dict[str, AttentionThresholds]:
+    """Attention name (`attention.sites.attention_names`) -> its thresholds; a copy."""
+    return dict(getattr(model, _THRESHOLDS, {}))
+
+
+def annotate_attention(model: nn.Module, found: Mapping[str, AttentionThresholds]) -> None:
+    """Adds thresholds of attentions to the model's annotations; later ones win."""
+    setattr(model, _THRESHOLDS, {**attention_thresholds(model), **found})

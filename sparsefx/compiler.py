@@ -1,6 +1,6 @@
 """One Dynamo graph -> a compiled function: bind, run the passes, hand the rest to Inductor.
 
-Knows no pass and no kernel: what runs is given by a Plan (api.py makes it).
+Knows no pass and no kernel: what runs is given by a Plan (api/ makes it).
 """
 
 import threading

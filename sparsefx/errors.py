@@ -200,3 +200,30 @@ class NotExportable(SparseFXError, ValueError):
     """A graph, or an option, that ONNX export refuses before it writes anything."""
 
     message = "the model cannot be exported to ONNX: {rule}. {remedy}"
+
+
+class InvalidThreshold(SparseFXError, ValueError):
+    """A request for sparse attention whose own numbers make no sense."""
+
+    message = (
+        "{what} is not valid: {rule}. "
+        "Write SkipSoftmax(sparsity=0.5), SkipSoftmax(error=0.01) or Theta(k=64)"
+    )
+
+
+class ShortCalibration(SparseFXError, ValueError):
+    """Calibration data too short to tell one threshold from another."""
+
+    message = (
+        "the longest calibration input of {name} has {keys} keys and a tile has {tile}: "
+        "thresholds need at least {least} tiles; pass longer inputs or a smaller tile"
+    )
+
+
+class HeadsMismatch(SparseFXError, ValueError):
+    """Stored thresholds that belong to another attention."""
+
+    message = (
+        "the thresholds of {name} are for {stored} heads and it has {heads}: "
+        "they belong to another model; calibrate this one"
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsefx import debug, dump
+from sparsefx.attention.operators import ATTENTION_OPS
 from sparsefx.attributes import get_tensor, is_graph, remove_unused
 from sparsefx.errors import InvalidGraph
 from sparsefx.ops import MASKED_OPS, PACKED_OPS
@@ -18,9 +19,9 @@ from sparsefx.weights import WeightMemo
 # stage -> dialect operators that may appear in it
 STAGES: dict[str, frozenset[torch._ops.OpOverload]] = {
     "dense": frozenset(),
-    "masked": MASKED_OPS,
-    "packed": MASKED_OPS | PACKED_OPS,
-    "folded": PACKED_OPS,
+    "masked": MASKED_OPS | ATTENTION_OPS,
+    "packed": MASKED_OPS | ATTENTION_OPS | PACKED_OPS,
+    "folded": ATTENTION_OPS | PACKED_OPS,
     "lowered": frozenset(),
 }
 

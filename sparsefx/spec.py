@@ -10,6 +10,7 @@ import tomli_w
 import torch
 from torch import Tensor
 
+from sparsefx.attention.spec import AttentionPattern
 from sparsefx.errors import InvalidPattern, InvalidRecipe
 from sparsefx.files import write_atomically
 
@@ -142,10 +143,12 @@ class Recipe:
     """What to make sparse, and how.
 
     `weights` maps globs on parameter names (`"*.mlp.*"`) to a pattern, or to None for "stay dense";
-    the first glob that matches a weight decides.
+    the first glob that matches a weight decides. `attention` is a SkipSoftmax or Theta for every
+    attention, or maps globs on attention names ("*.layers.1?.self_attn") to one or to None.
     """
 
     weights: Mapping[str, Pattern | None] = field(default_factory=dict)
+    attention: AttentionPattern | Mapping[str, AttentionPattern | None] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Mapping):
@@ -155,6 +158,23 @@ class Recipe:
                 raise _misuse("weights", f"the key {key!r} is not a glob on parameter names")
             if not isinstance(pattern, Pattern | None):
                 raise _misuse(f"weights[{key!r}]", f"{pattern!r} is not a pattern")
+        for glob, wanted in self._attention_globs().items():
+            if not isinstance(glob, str):
+                raise _misuse("attention", f"the key {glob!r} is not a glob on attention names")
+            if not isinstance(wanted, AttentionPattern | None):
+                raise _misuse("attention", f"{wanted!r} is not a SkipSoftmax or a Theta")
+
+    def _attention_globs(self) -> Mapping[str, AttentionPattern | None]:
+        if self.attention is None:
+            return {}
+        return self.attention if isinstance(self.attention, Mapping) else {"*": self.attention}
+
+    def attention_for(self, name: str) -> AttentionPattern | None:
+        """What the attention called `name` is to be, or None where it stays dense."""
+        for glob, wanted in self._attention_globs().items():
+            if fnmatch.fnmatchcase(name, glob):
+                return wanted
+        return None
 
     def pattern_for(self, name: str) -> Pattern | None:
         """The pattern of the parameter called `name`, or None where it stays dense."""

@@ -51,6 +51,75 @@ class Lowering:
     path: str
 
 
+@dataclass(frozen=True)
+class AttentionSpec:
+    """All that a kernel may know about a sparse attention before it is built.
+
+    `method` is "skip_softmax", "theta" or "block"; `phase` is "decode" where the graph has one
+    query, else "prefill". `head_dim` is that of q, k and v; `mask` is "none", "bool" or "float".
+    `tile` is (query rows, keys), (0, 0) for theta; `order` as in `SkipSoftmax`, "" otherwise.
+    `options` are the method's other settings as text: placement, denominator and so on.
+    `batch`, `queries`, `keys` are the sizes at the example input, `vary` whether other calls may
+    bring others. `sparsity` is the share of tiles (theta: of elements) that the calibration data
+    skipped in this phase, None if unknown.
+    """
+
+    method: str
+    phase: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    mask: str
+    is_causal: bool
+    window: int
+    tile: tuple[int, int]
+    order: str
+    options: tuple[str, ...]
+    batch: int
+    queries: int
+    keys: int
+    vary: bool
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
+class AttentionLowering:
+    """How a graph calls a built attention kernel.
+
+    `op` takes the arguments of the dialect operator (`attention.operators.SCHEMAS`), then
+    `dense_below`, `calibrated` (`attention.route`) and `handle`, the text that names the built
+    kernel, stable over processes. `text` is the generated source, `path` where it lies.
+    """
+
+    op: OpOverload
+    handle: str
+    text: str
+    path: str
+
+
+class AttentionKernel(Protocol):
+    """One way to compute a sparse attention on one kind of device."""
+
+    @property
+    def name(self) -> str:
+        """Shown in reports; stable."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """The method it computes: "skip_softmax", "theta" or "block"."""
+        ...
+
+    def accepts(self, spec: AttentionSpec) -> str | None:
+        """None for yes, or the reason for no."""
+        ...
+
+    def lower(self, spec: AttentionSpec) -> AttentionLowering:
+        """Generates, builds and caches the kernel. Raises KernelBuildFailed."""
+        ...
+
+
 class Kernel(Protocol):
     """One way to compute a packed linear on one kind of device."""
 
@@ -77,13 +146,15 @@ class Kernel(Protocol):
 class Target:
     """A kind of device: its name, the torch device type, its kernels in order of preference.
 
-    `roofline`: which entry of devices.py plans for it; "" takes the device at hand.
+    `kernels` compute packed linears, `attention` sparse attentions. `roofline`: which entry of
+    devices.py plans for it; "" takes the device at hand.
     """
 
     name: str
     device: str
     kernels: tuple[Kernel, ...]
     roofline: str = ""
+    attention: tuple[AttentionKernel, ...] = ()
 
     def present(self) -> bool:
         """Whether this process can run on it."""

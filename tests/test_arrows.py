@@ -11,8 +11,11 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("sparsefx", "passes", "codegen")
 EVERYTHING = (*PRODUCT, "tests", "examples", "benchmarks")
 
-# sparsefx/ is the language, passes/ and codegen/ are written in it; api.py joins them.
-JOINS = {"sparsefx/api.py", "sparsefx/cli.py"}
+# sparsefx/ is the language, passes/ and codegen/ are written in it; api/ joins them.
+JOINS = {
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "sparsefx/api").glob("*.py")),
+    "sparsefx/cli.py",
+}
 TOUCHES_ENVIRONMENT = {
     "sparsefx/debug.py",  # the one reader
     "codegen/triton/aot_worker.py",  # a process of its own: sets TRITON_INTERPRET for Triton

@@ -1,0 +1,1 @@
+"""Generated C++ kernels for sparse attention on CPU."""

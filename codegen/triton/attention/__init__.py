@@ -1,0 +1,1 @@
+"""Generated Triton kernels for sparse attention."""

@@ -1,0 +1,46 @@
+"""What every attention kernel's operator does first: a short row goes dense, a long one warns."""
+
+import functools
+import warnings
+
+from torch import Tensor
+
+from sparsefx.attention.dense import dense_attention
+
+
+class BeyondCalibration(UserWarning):
+    """An attention saw more keys than its thresholds were calibrated for."""
+
+
+def dense_if_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int,
+    dense_below: int,
+    calibrated: int,
+) -> Tensor | None:
+    """The dense result if there are fewer than `dense_below` keys, else None: run the kernel.
+
+    A call with more than `calibrated` keys (0: unknown) warns, once in a process for each
+    `calibrated`; thresholds are then extrapolated as 1 / keys.
+    """
+    keys = k.shape[-2]
+    if keys < dense_below:
+        return dense_attention(q, k, v, mask, is_causal, scale, window)
+    if calibrated and keys > calibrated:
+        _warn_once(calibrated)
+    return None
+
+
+@functools.cache
+def _warn_once(calibrated: int) -> None:
+    warnings.warn(
+        f"attention over more keys than the {calibrated} of its calibration: the thresholds are "
+        "extrapolated as 1 / keys; calibrate on longer inputs to be sure of their error",
+        BeyondCalibration,
+        stacklevel=2,
+    )

@@ -1,0 +1,124 @@
+"""The attentions of a graph in normal form: each scaled_dot_product_attention node, read."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparsefx.candidates import ATTENTION, module_path
+from sparsefx.rewrite import Decline, arguments
+from sparsefx.shapes import hint, varies
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention that thresholds may be laid on.
+
+    name: the module it comes from ("model.layers.0.self_attn"), the key of its thresholds; q, k, v,
+    mask: the nodes of its operands; is_causal: aligned to the bottom right; scale: of the scores;
+    heads, kv_heads, head_dim: sizes that no call changes.
+    """
+
+    node: fx.Node
+    name: str
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    is_causal: bool
+    scale: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def queries(self) -> int:
+        """Rows at the example input; 1 is decode."""
+        return hint(self.q.meta["val"].shape[-2])
+
+    @property
+    def keys(self) -> int:
+        """Keys at the example input."""
+        return hint(self.k.meta["val"].shape[-2])
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the graph has one query, whatever its other sizes."""
+        queries = self.q.meta["val"].shape[-2]
+        return not varies(queries) and hint(queries) == 1
+
+    @property
+    def mask_kind(self) -> str:
+        """ "none", "bool" or "float"."""
+        if self.mask is None:
+            return "none"
+        return "bool" if self.mask.meta["val"].dtype == torch.bool else "float"
+
+
+def attention_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """The name of each attention node: its module's path; the second of a module ends in "#2"."""
+    seen: Counter[str] = Counter()
+    names = {}
+    for node in gm.graph.nodes:
+        if node.target is ATTENTION:
+            path = module_path(node)
+            seen[path] += 1
+            names[node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
+    return names
+
+
+def sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, "AttentionSite | Decline"]]:
+    """Each attention node of the graph with what it is, or why no thresholds may be laid on it."""
+    for node, name in attention_names(gm).items():
+        yield node, read(node, name)
+
+
+def read(node: fx.Node, name: str) -> AttentionSite | Decline:
+    """The scaled_dot_product_attention call `node` as an AttentionSite called `name`."""
+    q, k, v, mask, dropout, is_causal, scale, _grouped = arguments(node)
+    operands = [each for each in (q, k, v) if isinstance(each, fx.Node)]
+    if len(operands) < 3 or any(each.meta["val"].dim() != 4 for each in operands):
+        return Decline("attention: q, k and v are not [batch, heads, length, dim]")
+    if dropout:
+        return Decline("attention: dropout is on, as in training")
+    head_sizes = [each.meta["val"].shape[axis] for each in operands for axis in (1, 3)]
+    if any(varies(size) for size in head_sizes):
+        return Decline("attention: the number or the size of its heads varies")
+    heads, dim, kv_heads, k_dim, v_heads, v_dim = (hint(size) for size in head_sizes)
+    if (kv_heads, dim, dim) != (v_heads, k_dim, v_dim) or heads % kv_heads:
+        return Decline("attention: heads or head sizes of q, k and v do not fit together")
+    if is_causal and not _same_length(operands[0], operands[1]):
+        return Decline(
+            "attention: is_causal with other numbers of queries than keys, which PyTorch aligns to "
+            "the top left"
+        )
+    factor = _number(scale)
+    return AttentionSite(
+        node=node,
+        name=name,
+        q=operands[0],
+        k=operands[1],
+        v=operands[2],
+        mask=mask if isinstance(mask, fx.Node) else None,
+        is_causal=bool(is_causal),
+        scale=1 / math.sqrt(dim) if factor is None else factor,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+    )
+
+
+def _same_length(q: fx.Node, k: fx.Node) -> bool:
+    queries, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
+    symbolic = isinstance(queries, torch.SymInt) and isinstance(keys, torch.SymInt)
+    return bool(queries.node.expr == keys.node.expr) if symbolic else hint(queries) == hint(keys)
+
+
+def _number(scale: object) -> float | None:
+    """A float, also where Dynamo made a symbol of it: its value then, which guards it."""
+    if isinstance(scale, fx.Node):
+        return float(scale.meta["val"])
+    return float(scale) if isinstance(scale, int | float) else None
