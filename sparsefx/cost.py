@@ -102,10 +102,30 @@ def attention_cost(
     Scores stay on chip (Dao et al. 2022, arXiv 2205.14135), so only Q, K, V and the output move.
     The softmax's own arithmetic, about 5 / (4 head_dim) of the products', is left out.
     """
+    return sparse_attention_cost(batch, heads, kv_heads, queries, keys, head_dim, dtype, 0)
+
+
+def sparse_attention_cost(
+    batch: Size,
+    heads: Size,
+    kv_heads: Size,
+    queries: Size,
+    keys: Size,
+    head_dim: Size,
+    dtype: torch.dtype,
+    skipped: Share,
+) -> Cost:
+    """The same where a share `skipped` of the key tiles takes no part in P V.
+
+    Q K^T is computed for all of them, so that K always moves and V by its kept share:
+
+        flops = (2 + 2 (1 - skipped)) batch heads queries keys dim
+    """
     batch, queries, keys = (sympy.sympify(size) for size in (batch, queries, keys))
-    flops = 4 * batch * heads * queries * keys * head_dim  # Q K^T and P V, 2 each
-    moved = 2 * batch * (heads * queries + kv_heads * keys) * head_dim * dtype.itemsize
-    return Cost(flops, moved, dtype)
+    kept = 1 - sympy.sympify(skipped)
+    flops = (2 + 2 * kept) * batch * heads * queries * keys * head_dim
+    values = 2 * heads * queries + (1 + kept) * kv_heads * keys
+    return Cost(flops, batch * values * head_dim * dtype.itemsize, dtype)
 
 
 def crossover_rows(

@@ -227,3 +227,12 @@ class HeadsMismatch(SparseFXError, ValueError):
         "the thresholds of {name} are for {stored} heads and it has {heads}: "
         "they belong to another model; calibrate this one"
     )
+
+
+class MissingCalibration(SparseFXError, ValueError):
+    """Thresholds were asked for and there is nothing to find them on."""
+
+    message = (
+        "{what} is found on data: pass calibration=, batches of inputs of the model, "
+        "or SkipSoftmax(scale_factor=...) with factors that you know"
+    )

@@ -249,13 +249,14 @@ def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str
         "device": device_key(device),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "protocol": _PROTOCOL,
     }
 
 
 @functools.cache
-def _triton_version() -> str:
+def triton_version() -> str:
+    """The version of Triton, "" where there is none."""
     return version("triton") if importlib.util.find_spec("triton") else ""
 
 
