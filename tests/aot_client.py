@@ -46,3 +46,12 @@ class Worker:
         answer = self.ask(json.dumps({**job, "out_features": out, "in_features": width}))
         assert answer.pop("ok"), answer
         return answer
+
+    def compile_attention(
+        self, handle: str, arch: str, kernel: str = "kernel"
+    ) -> dict[str, object]:
+        """The resources of one attention kernel at 4,096 tokens; fails the test if it has none."""
+        job = {"handle": handle, "arch": arch, "batch": 1, "queries": 4096, "keys": 4096}
+        answer = self.ask(json.dumps({**job, "kernel": kernel}))
+        assert answer.pop("ok"), answer
+        return answer

@@ -1,6 +1,6 @@
 """Compiles a generated kernel for a GPU that is not there, and reads what it costs.
 
-The arguments are the ones that `launch.plan` passes, so the launch itself is checked too: a
+The arguments are the ones that a real call passes to Triton, so the launch itself is checked too: a
 stand-in driver names the device, Triton's own JIT specialises and compiles for it. Needs nothing
 but the Triton wheel, which brings ptxas. TRITON_INTERPRET must be unset, and a compiler crash ends
 the process: `python -m sparsefx.codegen.triton.aot_worker` is one of its own.
@@ -10,8 +10,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -21,7 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from sparsefx.codegen.triton import launch
+from sparsefx.codegen.triton import launch, ptx
+from sparsefx.codegen.triton.attention import launch as attention
+from sparsefx.codegen.triton.attention.samples import SAMPLES
+from sparsefx.codegen.triton.loader import Call, jitted
 from sparsefx.codegen.triton.variant import Variant
 from sparsefx.epilogue import BINARY
 from sparsefx.errors import KernelBuildFailed, UnknownOption
@@ -42,6 +47,7 @@ INSTRUCTIONS = {
     "cp_async": r"cp\.async\.c[ag]",
     "load": r"ld\.global|global_load|buffer_load",
     "store": r"st\.global|global_store|buffer_store",
+    "exp2": r"ex2\.approx|v_exp_f32",
     "local": r"(?:ld|st)\.local|scratch_",
 }
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -53,7 +59,8 @@ class Resources:
 
     registers: a thread; spills: bytes stored and loaded (NVIDIA) or registers (AMD); stack: bytes a
     thread; shared: bytes a program; instructions: how many of each of INSTRUCTIONS its PTX or
-    AMD assembly holds.
+    AMD assembly holds; looped: how many of these lie in a loop; avoidable: and some iteration
+    branches around them (`ptx.loops`; both only for PTX).
     """
 
     arch: str
@@ -62,6 +69,8 @@ class Resources:
     stack: int
     shared: int
     instructions: dict[str, int]
+    looped: dict[str, int]
+    avoidable: dict[str, int]
 
 
 class _Compiled(Protocol):
@@ -101,16 +110,43 @@ def compile_for(
 
     Raises UnknownOption for an arch that is not in TARGETS, InvalidHandle, KernelBuildFailed.
     """
+    _check_arch(handle, arch)
+    loaded = launch.load(handle)
+    x, packed, bias, extras, y = _placeholders(loaded.variant, rows, out_features, in_features)
+    call = launch.plan(loaded, x, packed, bias, extras, y)
+    return _compile(handle, arch, loaded.module, call)
+
+
+def compile_attention(
+    handle: str, arch: str, batch: int, queries: int, keys: int, kernel: str = "kernel"
+) -> Resources:
+    """Compiles one `kernel` of the attention named `handle` as a call with these sizes would.
+
+    Raises UnknownOption for an arch that is not in TARGETS or a kernel that the call does not
+    launch, InvalidHandle, KernelBuildFailed.
+    """
+    _check_arch(handle, arch)
+    driver.set_active(StandIn(arch))  # the plan of a launch may depend on the device
+    loaded = attention.load(handle)
+    sample = attention.Sample.of(loaded.variant, batch, queries, keys)
+    calls = {call.kernel: call for call in SAMPLES[loaded.variant.kernel](loaded, sample)}
+    if kernel not in calls:
+        raise UnknownOption(option="kernel", value=kernel, known=", ".join(calls))
+    return _compile(handle, arch, loaded.module, calls[kernel])
+
+
+def _check_arch(handle: str, arch: str) -> None:
     if arch not in TARGETS:
         raise UnknownOption(option="arch", value=arch, known=", ".join(TARGETS))
     if knobs.runtime.interpret:
         raise KernelBuildFailed(kernel=handle, rule="TRITON_INTERPRET is set: nothing compiles")
-    loaded = launch.load(handle)
-    x, packed, bias, extras, y = _placeholders(loaded.variant, rows, out_features, in_features)
-    call = launch.plan(loaded, x, packed, bias, extras, y)
+
+
+def _compile(handle: str, arch: str, module: ModuleType, call: Call) -> Resources:
     driver.set_active(StandIn(arch))
+    kernel = jitted(module, call.kernel)
     try:
-        compiled = loaded.kernel.warmup(*call.arguments, grid=call.grid, **call.options)
+        compiled = kernel.warmup(*call.arguments, grid=call.grid, **call.options)
     except TritonError as error:
         raise KernelBuildFailed(kernel=handle, rule=f"{arch}: {error}") from error
     return _read(cast(_Compiled, compiled), arch)
@@ -138,16 +174,17 @@ def _placeholders(
 
 
 def _read(compiled: _Compiled, arch: str) -> Resources:
-    text = compiled.asm["ptx" if arch.startswith("sm_") else "amdgcn"]
-    counts = Counter(
-        name
-        for line in text.splitlines()
-        for name, pattern in INSTRUCTIONS.items()
-        if re.search(pattern, line)
-    )
-    read = _ptxas if arch.startswith("sm_") else _amd
-    registers, spills, stack = read(text, arch)
-    return Resources(arch, registers, spills, stack, compiled.metadata.shared, dict(counts))
+    is_ptx = arch.startswith("sm_")
+    text = compiled.asm["ptx" if is_ptx else "amdgcn"]
+    registers, spills, stack = (_ptxas if is_ptx else _amd)(text, arch)
+    lines = (text.splitlines(), *(ptx.loops(text) if is_ptx else ([], [])))
+    shared = compiled.metadata.shared
+    return Resources(arch, registers, spills, stack, shared, *map(_count, lines))
+
+
+def _count(lines: Iterable[str]) -> dict[str, int]:
+    named = (n for line in lines for n, p in INSTRUCTIONS.items() if re.search(p, line))
+    return dict(Counter(named))
 
 
 def _ptxas(text: str, arch: str) -> tuple[int, int, int]:

@@ -3,9 +3,10 @@ r"""Ahead-of-time checks in a process of their own: JSON lines in, JSON lines ou
     echo '{"handle": "bitmap float16 linear", "arch": "sm_90", "rows": 9, "out_features": 64,
     "in_features": 96}' | tr -d '\n' | python -m sparsefx.codegen.triton.aot_worker
 
-Each answer is {"ok": true, ...fields of aot.Resources} or {"ok": false, "error": text}. What the
-compiler prints when it fails (a whole MLIR module) is dropped; where it ends the process, the
-reader sees the end of the output. The process must be started without TRITON_INTERPRET.
+A job with "keys" is an attention (`aot.compile_attention`), any other a linear. Each answer is
+{"ok": true, ...fields of aot.Resources} or {"ok": false, "error": text}. What the compiler prints
+when it fails (a whole MLIR module) is dropped; where it ends the process, the reader sees the end
+of the output. The process must be started without TRITON_INTERPRET.
 """
 
 import json
@@ -21,7 +22,9 @@ def answer(line: str) -> dict[str, object]:
     from sparsefx.codegen.triton import aot  # imports Triton
 
     try:
-        return {"ok": True, **asdict(aot.compile_for(**json.loads(line)))}
+        job = json.loads(line)
+        compile_it = aot.compile_attention if "keys" in job else aot.compile_for
+        return {"ok": True, **asdict(compile_it(**job))}
     # RuntimeError: how Triton reports a failed MLIR pass; TypeError: a job with other fields
     except (SparseFXError, RuntimeError, TypeError, ValueError) as error:
         return {"ok": False, "error": f"{type(error).__name__}: {str(error)[:400]}"}

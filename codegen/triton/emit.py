@@ -40,17 +40,22 @@ def source(variant: Variant) -> str:
 
 
 def write(variant: Variant) -> tuple[Path, str]:
-    """Puts the kernel's module into the cache folder, unless it is there; returns path and text.
+    """Puts the kernel's module into the cache folder, unless it is there; returns path and text."""
+    text = source(variant)
+    return put(variant.handle, text), text
+
+
+def put(handle: str, text: str) -> Path:
+    """Puts a generated module into the cache folder, unless it is there; returns where it lies.
 
     The name holds a hash of the text, so that two versions of SparseFX never share a file.
     """
-    text = source(variant)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    stem = re.sub(r"\W+", "_", variant.handle)[:80]
+    stem = re.sub(r"\W+", "_", handle)[:80]
     path = debug.settings().cache / "triton" / f"{stem}_{digest}.py"
     if not path.is_file() or path.read_text() != text:
         write_atomically(path, text.encode())
-    return path, text
+    return path
 
 
 def _nm_constants(n: int, m: int) -> dict[str, int]:

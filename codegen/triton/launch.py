@@ -1,41 +1,28 @@
 """Loads a generated kernel and launches it; imports Triton, so it is imported at first use."""
 
 import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from triton import cdiv
-from triton.errors import TritonError
 
-from sparsefx.codegen.triton import emit
+from sparsefx.codegen.triton import emit, loader
+from sparsefx.codegen.triton.loader import Call
 from sparsefx.codegen.triton.variant import Variant
-from sparsefx.errors import DtypeMismatch, KernelBuildFailed
+from sparsefx.errors import DtypeMismatch
 from sparsefx.ops import linear_output
-
-
-class Jitted(Protocol):
-    """The part of a `triton.jit` function that is used here."""
-
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., object]:
-        """The kernel, ready to be called on a grid."""
-        ...
-
-    def warmup(self, *args: object, grid: tuple[int, int], **options: object) -> object:
-        """Compiles for these arguments without launching."""
-        ...
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A generated module: its kernel and the constants that go with it."""
+    """A generated module and the constants that go with its kernel."""
 
     variant: Variant
-    kernel: Jitted
+    module: ModuleType
     constants: dict[str, int]
 
 
@@ -50,15 +37,6 @@ class Tile:
     stages: int = 3
 
 
-@dataclass(frozen=True)
-class Call:
-    """All that a launch passes to Triton."""
-
-    grid: tuple[int, int]
-    arguments: tuple[object, ...]
-    options: dict[str, int | bool]
-
-
 @functools.cache
 def load(handle: str) -> Loaded:
     """The kernel that `handle` names, generated if the cache folder lacks it; loaded once.
@@ -67,10 +45,8 @@ def load(handle: str) -> Loaded:
     """
     variant = Variant.parse(handle)
     path, _ = emit.write(variant)
-    module = _import_file(str(path))
-    # a module's attributes have no static type
-    kernel, constants = cast(Jitted, module.kernel), cast(dict[str, int], module.CONSTANTS)
-    return Loaded(variant, kernel, constants)
+    module = loader.import_file(str(path))
+    return Loaded(variant, module, cast(dict[str, int], module.CONSTANTS))
 
 
 def tile_for(dtype: torch.dtype, rows: int, slots: int = 1) -> Tile:
@@ -100,7 +76,7 @@ def plan(
     rows, in_features = x.shape
     out_features = y.shape[1]
     tile = tile_for(loaded.variant.dtype, rows, loaded.constants.get("SLOTS", 1))
-    options: dict[str, int | bool] = {
+    options: dict[str, int | str] = {
         **loaded.constants,
         "BLOCK_OUT": tile.out,
         "BLOCK_ROWS": tile.rows,
@@ -135,11 +111,7 @@ def linear(
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     dense_extras = [extra.contiguous() for extra in extras]
     call = plan(loaded, flat, packed, bias, dense_extras, y.view(-1, out_features))
-    try:
-        with torch.cuda.device_of(x):
-            loaded.kernel[call.grid](*call.arguments, **call.options)
-    except TritonError as error:
-        raise KernelBuildFailed(kernel=handle, rule=str(error)) from error
+    loader.run(handle, loaded.module, call, x)
     return y
 
 
@@ -147,12 +119,3 @@ def _check_dtype(needed: torch.dtype, x: Tensor, values: Tensor) -> None:
     for name, tensor in (("x", x), ("the stored weight", values)):
         if tensor.dtype != needed:
             raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=needed)
-
-
-def _import_file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sparsefx_generated_triton", path)
-    if spec is None or spec.loader is None:
-        raise KernelBuildFailed(kernel=path, rule="it is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

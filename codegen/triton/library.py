@@ -39,7 +39,7 @@ def nm_linear(
     handle: str,
 ) -> Tensor:
     """`sparsefx.ops.nm_linear` by the kernel that `handle` names; n, m and epilogue are in it."""
-    if _launches(x):
+    if launches(x):
         return _launch(handle, x, (values, index), values.shape[0], bias, extras)
     variant = Variant.parse(handle)
     return ops.nm_linear(
@@ -57,7 +57,7 @@ def bitmap_linear(
     handle: str,
 ) -> Tensor:
     """`sparsefx.ops.bitmap_linear` by the kernel that `handle` names."""
-    if _launches(x):
+    if launches(x):
         return _launch(handle, x, (values, bits, row_ptr), bits.shape[0], bias, extras)
     epilogue = Variant.parse(handle).epilogue
     return ops.bitmap_linear(x, values, bits, row_ptr, bias, epilogue, list(extras))
@@ -76,7 +76,8 @@ def _launch(
     return launch.linear(handle, x, packed, out_features, bias, extras)
 
 
-def _launches(x: Tensor) -> bool:
+def launches(x: Tensor) -> bool:
+    """Whether an operator on `x` launches its kernel; if not, it runs the plain meaning."""
     if x.device.type != "cpu":
         return True
     # Triton's interpreter computes bf16 on its bits, silently wrong (3.6 to 3.9)

@@ -21,16 +21,7 @@ constexpr int N = 0, M = 1;
 constexpr int BIAS = 1, EXTRAS = 0;
 
 // Any processor: blocks of 16 columns in plain C++, which the compiler vectorises as it can.
-constexpr int WIDTH = 16;     // columns of a block
-constexpr int INDEX_BITS = 0, KEY_BYTES = 2;
-constexpr int SUMS = 2;       // Sums that a thread keeps in registers
-constexpr int MAX_BATCH = 4;  // rows of x that share a block of W
-using Key = uint16_t;         // the keep bits of a block
-using X = float;
-typedef float Quad __attribute__((vector_size(16)));
-struct Lanes { Quad quad[4]; };
-using Sum = Lanes;
-
+// Numbers of 16 bits and float32 on any processor.
 static inline float widen(const float* p) { return *p; }
 
 static inline float widen(const bf16* p) {
@@ -72,6 +63,16 @@ static inline void narrow(float wide, fp16* p) {
         p->bits = sign | uint16_t((word >> 13) - (112u << 10));
     }
 }
+
+constexpr int WIDTH = 16;     // columns of a block
+constexpr int INDEX_BITS = 0, KEY_BYTES = 2;
+constexpr int SUMS = 2;       // Sums that a thread keeps in registers
+constexpr int MAX_BATCH = 4;  // rows of x that share a block of W
+using Key = uint16_t;         // the keep bits of a block
+using X = float;
+typedef float Quad __attribute__((vector_size(16)));
+struct Lanes { Quad quad[4]; };
+using Sum = Lanes;
 
 static inline Lanes expand(Key keep, const Value* values) {
     Lanes lanes = {};
