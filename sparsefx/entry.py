@@ -1,7 +1,8 @@
-"""A model's call as a function of our own, and a shell to hang a compiled one on."""
+"""How a model is run: its call as a function of our own, a shell, eval mode for a while."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from torch import nn
@@ -31,3 +32,16 @@ def shell(model: M) -> M:
     for table in ("_modules", "_parameters", "_buffers"):
         twin.__dict__[table] = dict(model.__dict__[table])
     return twin
+
+
+@contextlib.contextmanager
+def inferring(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode: with dropout it computes something else at each call."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -236,3 +236,27 @@ class MissingCalibration(SparseFXError, ValueError):
         "{what} is found on data: pass calibration=, batches of inputs of the model, "
         "or SkipSoftmax(scale_factor=...) with factors that you know"
     )
+
+
+class AttentionNotFound(NothingMatches):
+    """A recipe key (glob) on attention that matches none that calibration saw."""
+
+    message = (
+        "recipe key {key!r} matches no attention of {model} that thresholds may be laid on; "
+        "those are, for example: {examples}. Correct the glob or remove the key"
+    )
+
+
+class NonFiniteAttention(SparseFXError, ValueError):
+    """Calibration data on which an attention gives NaN or infinity."""
+
+    message = (
+        "attention {name} has NaN or infinite scores or values on calibration batch {batch}: "
+        "look for bad weights (sparsefx.compile names them) or bad inputs"
+    )
+
+
+class ForeignCalibration(SparseFXError, ValueError):
+    """A state file of calibration that does not belong to this calibration."""
+
+    message = "state {path}: {rule}. Pass another path, or delete the file to start over"
