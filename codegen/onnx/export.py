@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from sparsefx.codegen.onnx.check import check_file, difference, probes, session
+from sparsefx.codegen.onnx.attention_nodes import WrittenAttention
+from sparsefx.codegen.onnx.check import Probe, check_file, difference, probes, session
 from sparsefx.codegen.onnx.lower import StoredWeight, lower
 from sparsefx.codegen.onnx.translate import to_onnx, to_program
 from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
@@ -30,8 +31,9 @@ class ExportFacts:
     """What was written.
 
     bytes: size of the file, and of its ".data" companion if there is one; nodes: nodes of the main
-    graph; weights: the packed ones; max_abs_error: largest |onnxruntime - PyTorch| over all probes,
-    None without check; shapes: input shapes of each probe; seconds: wall-clock time of it all.
+    graph; weights: the packed ones; attentions: the sparse ones; max_abs_error: largest
+    |onnxruntime - PyTorch| over all probes, None without check; shapes: input shapes of each probe;
+    seconds: wall-clock time of it all.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class ExportFacts:
     bytes: int
     nodes: int
     weights: tuple[StoredWeight, ...]
+    attentions: tuple[WrittenAttention, ...]
     max_abs_error: float | None
     shapes: tuple[dict[str, tuple[int, ...]], ...]
     seconds: float
@@ -66,13 +69,15 @@ def export(
 ) -> ExportFacts:
     """Writes `gm` as an ONNX file that a stock onnxruntime loads; it appears whole or not at all.
 
-    gm: normal form, packed or dense, masks folded. args, kwargs: example inputs (cloned: aliased
-    ones give a wrong graph). dynamic_shapes: as torch.export takes them. form: "standard" or
-    "functions" (lower.py). opset: 20 or 24. reference: what gm must equal; with `check` it is
+    gm: normal form, linears and attentions sparse or dense, masks folded. args, kwargs: example
+    inputs (cloned: aliased ones give a wrong graph). dynamic_shapes: as torch.export takes them.
+    form: "standard" or "functions" (lower.py). opset: 20 or 24. reference: what gm must equal,
+    thresholds included (where gm has sparse attention, gm itself will do); with `check` it is
     compared with onnxruntime at the example's sizes and, where sizes are dynamic, two others.
     progress: show a bar. one_file: bytes of weights above which they go to `<path>.data`.
 
-    Raises UnknownOption, NotExportable (masks left, bfloat16, opset), ExportFailed.
+    Raises UnknownOption, NotExportable (masks left, bfloat16, sparse attention in float64, opset),
+    ExportFailed.
     """
     start = time.perf_counter()
     _refuse(gm, path, form, opset)
@@ -83,18 +88,19 @@ def export(
         bar.update()
         with blame(path, "torch.onnx", "Replace the operator it names, or export a submodule"):
             model = to_onnx(program, opset)
-            weights = lower(model, form, _added(gm))
+            written = lower(model, form, _added(gm))
         bar.update()
         with _staging(path) as staged:
             _save(model, staged, path, one_file)
             bar.update()
-            compared = (
-                _check(staged, path, program, args, kwargs, reference) if check else _UNCHECKED
-            )
+            compared = _UNCHECKED
+            if check:
+                fresh = probes(program, args, kwargs)
+                compared = _check(staged, path, fresh, reference, written.has_thresholds)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
     seconds = time.perf_counter() - start
-    return ExportFacts(path, form, opset, size, len(model.graph), weights, *compared, seconds)
+    return ExportFacts(path, form, opset, size, len(model.graph), *written, *compared, seconds)
 
 
 def _added(gm: fx.GraphModule) -> frozenset[str]:
@@ -135,10 +141,9 @@ def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int) -> None:
 def _check(
     staged: Path,
     path: Path,
-    program: torch.export.ExportedProgram,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
+    fresh: Sequence[Probe],
     reference: Callable[..., object],
+    has_thresholds: bool,
 ) -> _Compared:
     """The largest absolute difference and the shapes tried. Raises ExportFailed."""
     with blame(path, "onnx.checker", "Please report this model"):
@@ -146,11 +151,11 @@ def _check(
     with blame(path, "onnxruntime cannot load the file", "Please report this model"):
         runtime = session(staged)
     worst, shapes = 0.0, []
-    for probe in probes(program, args, kwargs):
+    for probe in fresh:
         where = f"at input shapes {probe.shapes}"
         remedy = "Narrow dynamic_shapes to sizes that the model takes, or report this model"
         with blame(path, f"the comparison with PyTorch {where}", remedy):
-            found = difference(runtime, reference, probe)
+            found = difference(runtime, reference, probe, has_thresholds)
         if not found.passes:
             raise ExportFailed(
                 path=path,

@@ -147,7 +147,7 @@ def linear(variant: Variant, opset: int) -> ir.Function:
         lines += _step_lines(step, product, y, variant.dtype)
         product = y
     head = f"{variant.name} {_ATTRIBUTES[variant.name]}({', '.join(inputs)}) => (y)"
-    return _function(head, lines, opset, variant.overload)
+    return function(head, lines, opset, variant.overload)
 
 
 def decompressor(variant: Variant, opset: int) -> ir.Function:
@@ -155,7 +155,7 @@ def decompressor(variant: Variant, opset: int) -> ir.Function:
     dtype = variant.dtype.value
     if variant.name == "BitmapLinear":
         head = f"{variant.decompressor} <shape> (values, gaps) => (weight)"
-        return _function(head, [_DECOMPRESS_DELTA8.format(dtype=dtype)], opset)
+        return function(head, [_DECOMPRESS_DELTA8.format(dtype=dtype)], opset)
     bits = index_bits(variant.m)
     shifts = range(0, 8, bits)
     body = _DECOMPRESS_NM.format(
@@ -166,7 +166,7 @@ def decompressor(variant: Variant, opset: int) -> ir.Function:
         shifts=", ".join(map(str, shifts)),
         low=2**bits - 1,
     )
-    return _function(f"{variant.decompressor} (values, codes) => (weight)", [body], opset)
+    return function(f"{variant.decompressor} (values, codes) => (weight)", [body], opset)
 
 
 def _step_lines(step: Step, a: str, y: str, dtype: ir.DataType) -> list[str]:
@@ -175,6 +175,7 @@ def _step_lines(step: Step, a: str, y: str, dtype: ir.DataType) -> list[str]:
     ]
 
 
-def _function(head: str, lines: Sequence[str], opset: int, overload: str = "") -> ir.Function:
+def function(head: str, lines: Sequence[str], opset: int, overload: str = "") -> ir.Function:
+    """The function of domain "sparsefx" with this signature and body."""
     text = _FUNCTION.format(head=head, overload=overload, opset=opset, body="\n  ".join(lines))
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -1,8 +1,9 @@
-"""The last step: whole linears -> their final nodes, packed weights -> ONNX storage.
+"""The last step: whole linears and attentions -> their final nodes, packed weights -> storage.
 
     Linear(x, w, b)           => Gemm(x, w, b, transB=1)          for x of rank 2
                               => MatMul(x, Transpose(w)) + b      else; one Transpose a weight
     NMLinear, BitmapLinear    => the same node with its ONNX storage and overload, plus functions
+    SkipSoftmaxAttention, ...     => the same node with its overload, plus its function
 
 A dense weight keeps its own name and shape, so that a state_dict and the file can be compared;
 onnxruntime folds the Transpose at load. A packed weight `p` becomes `p.values` and `p.codes`, or
@@ -12,6 +13,7 @@ onnxruntime folds the Transpose at load. A packed weight `p` becomes `p.values` 
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +25,10 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
+from sparsefx.codegen.onnx.attention_functions import BLOCK, SKIP_SOFTMAX, THETA, attention
+from sparsefx.codegen.onnx.attention_nodes import WrittenAttention, final_node, variant_of, written
 from sparsefx.codegen.onnx.functions import DOMAIN, VERSION, Variant, decompressor, linear
+from sparsefx.codegen.onnx.simplify import merge_repeats
 from sparsefx.codegen.onnx.storage import to_delta8
 from sparsefx.codegen.onnx.translate import DENSE_LINEAR
 from sparsefx.errors import NotExportable
@@ -42,6 +47,18 @@ class StoredWeight:
     stored_bytes: int
 
 
+class Written(NamedTuple):
+    """What of the dialect is in the file."""
+
+    weights: tuple[StoredWeight, ...]
+    attentions: tuple[WrittenAttention, ...]
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether scores are compared with thresholds."""
+        return any(each.operator != BLOCK for each in self.attentions)
+
+
 @dataclass
 class _Lowering:
     """One run over one model, and what it made so far."""
@@ -49,6 +66,7 @@ class _Lowering:
     model: ir.Model
     transposed: dict[ir.Value, ir.Value] = field(default_factory=dict)
     stored: dict[ir.Value, tuple[ir.Value, ir.Value, StoredWeight]] = field(default_factory=dict)
+    attentions: list[WrittenAttention] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -61,12 +79,12 @@ class _Lowering:
         return next(name for name in (parameter, *numbered) if name not in taken)
 
 
-def lower(model: ir.Model, form: str, added: Collection[str] = ()) -> tuple[StoredWeight, ...]:
-    """Brings `model` (of translate.py) to its final form, in place; returns its packed weights.
+def lower(model: ir.Model, form: str, added: Collection[str] = ()) -> Written:
+    """Brings `model` (of translate.py) to its final form, in place; returns what it wrote.
 
-    form: "functions" keeps packed linears as nodes of domain "sparsefx" with model-local functions,
-    "standard" inlines them, so that only ai.onnx operators are left. added: names of tensors that
-    passes put beside the model's own; only these are renamed.
+    form: "functions" keeps packed linears and sparse attentions as nodes of domain "sparsefx" with
+    model-local functions, "standard" inlines them: only ai.onnx operators are left. added:
+    names of tensors that passes put beside the model's own; only these are renamed.
     """
     state = _Lowering(model)
     for node in list(model.graph.all_nodes()):
@@ -74,12 +92,14 @@ def lower(model: ir.Model, form: str, added: Collection[str] = ()) -> tuple[Stor
             _LOWER[node.op_type](node, state)
     if form == "standard":
         InlinePass()(model)
+        merge_repeats(model)
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
     _restore_masked_names(model, added)
     _strip_traces(model)
-    return tuple(weight for _, _, weight in state.stored.values())
+    weights = tuple(weight for _, _, weight in state.stored.values())
+    return Written(weights, tuple(state.attentions))
 
 
 def _lower_dense(node: ir.Node, state: _Lowering) -> None:
@@ -145,7 +165,20 @@ def _lower_bitmap(node: ir.Node, state: _Lowering) -> None:
     _lower_packed(node, state, "BitmapLinear", {"shape": shape}, first_optional=4)
 
 
-_LOWER = {DENSE_LINEAR: _lower_dense, "NMLinear": _lower_nm, "BitmapLinear": _lower_bitmap}
+def _lower_attention(node: ir.Node, state: _Lowering) -> None:
+    variant = variant_of(node)
+    body = attention(variant, state.opset)
+    state.model.functions.setdefault(body.identifier(), body)
+    state.attentions.append(written(node, body))
+    _replace(node, [final_node(node, variant.overload)])
+
+
+_LOWER = {
+    DENSE_LINEAR: _lower_dense,
+    "NMLinear": _lower_nm,
+    "BitmapLinear": _lower_bitmap,
+    **dict.fromkeys((SKIP_SOFTMAX, THETA, BLOCK), _lower_attention),
+}
 
 
 def _lower_packed(

@@ -62,13 +62,22 @@ def simplify(model: ir.Model) -> None:
         rule_set.apply_to_model(model)
         RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
+    _merge_repeats(model, weights)
+    OutputFixPass()(model)
+    _restore_inputs(model, inputs)
+    NameFixPass()(model)
+
+
+def merge_repeats(model: ir.Model) -> None:
+    """Stores equal small constants once, computes equal values once; names stay."""
+    _merge_repeats(model, set(model.graph.initializers))
+
+
+def _merge_repeats(model: ir.Model, weights: Collection[str | None]) -> None:
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     LiftSubgraphInitializersToMainGraphPass()(model)
     _merge_constants(model, weights)
     CommonSubexpressionEliminationPass()(model)
-    OutputFixPass()(model)
-    _restore_inputs(model, inputs)
-    NameFixPass()(model)
 
 
 def _merge_constants(model: ir.Model, weights: Collection[str | None]) -> None:

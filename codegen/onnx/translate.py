@@ -1,6 +1,6 @@
-"""Graph module -> ONNX model whose linears are still whole, one node each.
+"""Graph module -> ONNX model whose linears and sparse attentions are still whole, one node each.
 
-torch.onnx translates everything but the linears. Those become nodes of our domain, which its
+torch.onnx translates everything but those. They become nodes of our domain, which its
 optimiser does not look into; lower.py turns them into their final form afterwards. Were a dense
 linear translated at once, its weight would be transposed into an anonymous initializer: its name
 lost, and a tied weight stored twice.
@@ -18,6 +18,10 @@ from onnx.defs import OpSchema
 from torch import fx
 
 import sparsefx.ops  # noqa: F401  # registers torch.ops.sparsefx
+from sparsefx.attention.operators import BLOCK as BLOCK_OP
+from sparsefx.attention.operators import SKIP_SOFTMAX as SKIP_SOFTMAX_OP
+from sparsefx.attention.operators import THETA as THETA_OP
+from sparsefx.codegen.onnx.attention_functions import BLOCK, SKIP_SOFTMAX, THETA
 from sparsefx.codegen.onnx.functions import DOMAIN, VERSION
 from sparsefx.codegen.onnx.simplify import simplify
 from sparsefx.graph import DynamicShapes
@@ -37,9 +41,10 @@ def to_program(
 
 
 def to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
-    """The ONNX model of `program`, with nodes Linear, NMLinear, BitmapLinear of domain "sparsefx".
+    """The ONNX model of `program`, its linears and sparse attentions in domain "sparsefx".
 
-    Inputs of the packed nodes are those of the dialect operators.
+    Nodes Linear, NMLinear, BitmapLinear, SkipSoftmaxAttention, ThetaAttention, BlockAttention;
+    inputs of all but Linear are those of the dialect operators.
     """
     with torch.no_grad(), _silence():
         onnx_program = torch.onnx.export(
@@ -60,6 +65,9 @@ def _table() -> dict[Callable[..., object], Callable[..., object]]:
         torch.ops.aten.linear.default: _linear,
         torch.ops.sparsefx.nm_linear.default: _nm_linear,
         torch.ops.sparsefx.bitmap_linear.default: _bitmap_linear,
+        SKIP_SOFTMAX_OP: _skip_softmax,
+        THETA_OP: _theta,
+        BLOCK_OP: _block,
     }
 
 
@@ -93,14 +101,96 @@ def _bitmap_linear(
     return _node("BitmapLinear", inputs, epilogue=epilogue)
 
 
-def _node(name: str, inputs: Sequence[ir.Value | None], **attributes: int | str) -> object:
+def _skip_softmax(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    prefill: ir.Value,
+    decode: ir.Value,
+    is_causal: bool,
+    scale: float,
+    window: int,
+    block_q: int,
+    block_k: int,
+    order: str,
+) -> object:
+    return _node(
+        SKIP_SOFTMAX,
+        (q, k, v, mask, prefill, decode),
+        is_causal=int(is_causal),
+        scale=scale,
+        window=window,
+        block_q=block_q,
+        block_k=block_k,
+        order=order,
+    )
+
+
+def _theta(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    lengths: ir.Value,
+    theta: ir.Value,
+    lost: ir.Value | None,
+    is_causal: bool,
+    scale: float,
+    window: int,
+    topk: int,
+    placement: str,
+    denominator: str,
+    v_mean: bool,
+) -> object:
+    return _node(
+        THETA,
+        (q, k, v, mask, lengths, theta, lost),
+        is_causal=int(is_causal),
+        scale=scale,
+        window=window,
+        topk=topk,
+        placement=placement,
+        denominator=denominator,
+        v_mean=int(v_mean),
+    )
+
+
+def _block(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    keep: ir.Value,
+    is_causal: bool,
+    scale: float,
+    window: int,
+    block_q: int,
+    block_k: int,
+) -> object:
+    return _node(
+        BLOCK,
+        (q, k, v, mask, keep),
+        is_causal=int(is_causal),
+        scale=scale,
+        window=window,
+        block_q=block_q,
+        block_k=block_k,
+    )
+
+
+def _node(name: str, inputs: Sequence[ir.Value | None], **attributes: float | str) -> object:
     """Records a node of our domain.
 
     Its schema is made for this call, because the recorder has no variadic inputs; nothing is
     registered.
     """
     numbers = range(len(inputs))
-    kinds = {int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
+    kinds = {
+        int: OpSchema.AttrType.INT,
+        float: OpSchema.AttrType.FLOAT,
+        str: OpSchema.AttrType.STRING,
+    }
     schema = OpSchema(
         name,
         DOMAIN,
@@ -119,7 +209,8 @@ def _node(name: str, inputs: Sequence[ir.Value | None], **attributes: int | str)
     return onnxscript.values.Op(opset, name, schema)(*inputs, **attributes)
 
 
-_TYPES = [f"tensor({kind})" for kind in ("float", "float16", "double", "uint8", "int32")]
+_KINDS = ("float", "float16", "double", "uint8", "int32", "int64", "bool")
+_TYPES = [f"tensor({kind})" for kind in _KINDS]
 
 
 _TALKERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
