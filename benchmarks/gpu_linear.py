@@ -9,7 +9,6 @@ exceed the L2 cache twice, so that every weight comes from memory, as it does in
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cuda_graph import microseconds
 from sparsefx import formats
 from sparsefx.codegen.triton import TritonLinear
 from sparsefx.spec import NM, Unstructured
@@ -40,7 +40,6 @@ PATTERNS: dict[str, NM | Unstructured] = {
     "50%": Unstructured(0.5),
     "80%": Unstructured(0.8),
 }
-REPLAYS = 30
 TOLERANCE = 0.02
 
 
@@ -81,30 +80,6 @@ def trial(pattern: NM | Unstructured, weight: Tensor, rows: int) -> Trial:
         return result
 
     return Trial(weight, lowering.packed, run)
-
-
-def microseconds(
-    call: Callable[[tuple[Tensor, ...]], Tensor], weights: tuple[Tensor, ...]
-) -> float:
-    """Median time of one call, over copies of `weights` that do not fit the L2 cache."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
-    cache = torch.cuda.get_device_properties(weights[0].device).L2_cache_size
-    copies = [tuple(t.clone() for t in weights) for _ in range(2 * cache // size + 2)]
-    call(copies[0])  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in copies:
-            call(copy)
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(copies))
-    return float(statistics.median(times))
 
 
 def _dense(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:

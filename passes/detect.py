@@ -8,16 +8,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from sparsefx.candidates import Candidate, candidates, rows_of, stored_weight
+from sparsefx.attention.sites import shape_text
+from sparsefx.candidates import (
+    ATTENTION,
+    Candidate,
+    candidates,
+    is_flex,
+    rows_of,
+    stored_weight,
+)
 from sparsefx.pipeline import PassContext
 from sparsefx.report import Row
 from sparsefx.rewrite import arguments
 
+NOT_ASKED = "attention is dense: the recipe asks for no sparse attention"
+
 
 @dataclass(frozen=True)
 class Detect:
-    """Finds the candidates of a graph and the tightest pattern of each constant weight."""
+    """Finds the candidates of a graph and the tightest pattern of each constant weight.
 
+    attention: whether thresholds are to be laid on attentions; `threshold_softmax` then says what
+    became of each.
+    """
+
+    attention: bool = False
     name: str = "detect"
     stage: str = "dense"
 
@@ -27,15 +42,22 @@ class Detect:
         for number, candidate in enumerate(candidates(gm)):
             key = f"{number}:{candidate.name}"
             candidate.node.meta["sparsefx_row"] = key
-            ctx.rows[key] = _row(candidate, ctx)
-            found += not ctx.rows[key].reason
+            ctx.rows[key] = self._row(candidate, ctx)
+            found += candidate.weight is not None and not ctx.rows[key].reason
         return found
 
+    def _row(self, candidate: Candidate, ctx: PassContext) -> Row:
+        row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
+        if candidate.op != "attention":
+            return _other_row(row, candidate, ctx)
+        if candidate.node.target is ATTENTION:
+            row = replace(row, shape=shape_text(candidate.node))
+        if is_flex(candidate.node):
+            return replace(row, reason="attention: flex_attention is left as it is")
+        return row if self.attention else replace(row, reason=NOT_ASKED)
 
-def _row(candidate: Candidate, ctx: PassContext) -> Row:
-    row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
-    if candidate.op == "attention":
-        return replace(row, reason="attention is dense: thresholded attention is not built yet")
+
+def _other_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     if candidate.op == "layer":
         return replace(row, reason="its linears are inside one operator, which is left as it is")
     if candidate.op == "conv":

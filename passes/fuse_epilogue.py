@@ -17,6 +17,7 @@ from sparsefx.mutation import mutates_between
 from sparsefx.ops import PACKED_OPS
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Rule, Site, Var, call, rewrite
+from sparsefx.shapes import same
 
 aten = torch.ops.aten
 
@@ -98,19 +99,10 @@ def _same_layout(root: fx.Node, linear: fx.Node, operand: fx.Node) -> bool:
     first, *rest = values
     return all(
         len(v.shape) == len(first.shape)
-        and all(_same(a, b) for a, b in zip(v.shape, first.shape, strict=True))
+        and all(same(a, b) for a, b in zip(v.shape, first.shape, strict=True))
         and v.dtype == first.dtype
         for v in rest
     )
-
-
-def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Equal for certain: symbols by expression, without installing a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    if isinstance(a, int) or isinstance(b, int):
-        return False
-    return bool(a.node.expr == b.node.expr)
 
 
 _y, _other = Var("y"), Var("other")

@@ -1,26 +1,61 @@
 """Which passes run, in which order, for which exit."""
 
+from dataclasses import dataclass
+
 from sparsefx import debug
+from sparsefx.attention.wanted import Wanted
 from sparsefx.errors import InvalidSetting
+from sparsefx.passes.apply_recipe import ApplyRecipe
 from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
+from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.passes.fuse_epilogue import FuseEpilogue
 from sparsefx.passes.insert_masks import InsertMasks
 from sparsefx.passes.lower import Judge, Lower
+from sparsefx.passes.lower_attention import AttentionJudge, LowerAttention
 from sparsefx.passes.pack_bitmap import PackBitmap
 from sparsefx.passes.pack_nm import PackNM
+from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 from sparsefx.pipeline import Pass
 from sparsefx.target import Target
 
+DENSE = Wanted()
 
-def inference(target: Target, judge: Judge, proof: bool) -> tuple[Pass, ...]:
+
+@dataclass(frozen=True)
+class Judges:
+    """Who says whether a kernel wins; `proof`: whether it must (False is guard="off")."""
+
+    linear: Judge
+    attention: AttentionJudge
+    proof: bool
+
+
+def inference(target: Target, judges: Judges, wanted: Wanted = DENSE) -> tuple[Pass, ...]:
     """For torch.compile without gradients: down to kernels."""
-    return (*packing(), Lower(target, judge, proof))
+    return (
+        *packing(wanted),
+        LowerAttention(target, judges.attention, judges.proof),
+        Lower(target, judges.linear, judges.proof),
+    )
 
 
-def packing() -> tuple[Pass, ...]:
+def packing(wanted: Wanted = DENSE) -> tuple[Pass, ...]:
     """Down to packed dialect nodes: what ONNX export takes."""
-    return (Detect(), InsertMasks(), PackNM(), PackBitmap(), FoldMasks(), FuseEpilogue())
+    return (
+        Detect(attention=bool(wanted)),
+        *thresholding(wanted),
+        InsertMasks(),
+        PackNM(),
+        PackBitmap(),
+        FoldMasks(),
+        FuseEpilogue(),
+    )
+
+
+def thresholding(wanted: Wanted) -> tuple[Pass, ...]:
+    """Attention is left as it is written unless some of it is to be sparse."""
+    return (FuseAttention(), ThresholdSoftmax(wanted)) if wanted else ()
 
 
 def training(trained: frozenset[str]) -> tuple[Pass, ...]:
@@ -30,7 +65,8 @@ def training(trained: frozenset[str]) -> tuple[Pass, ...]:
 
 def check_skipped() -> None:
     """Raises InvalidSetting if SPARSEFX_SKIP names a pass that there is not."""
-    known = ("apply_recipe", *(each.name for each in packing()), "lower")
+    attention = (FuseAttention.name, ThresholdSoftmax.name, LowerAttention.name)
+    known = (ApplyRecipe.name, *(each.name for each in packing()), *attention, Lower.name)
     for name in sorted(debug.settings().skip):
         if name not in known:
             raise InvalidSetting(variable="SPARSEFX_SKIP", value=name, known=", ".join(known))

@@ -5,12 +5,12 @@ from sparsefx.api import backend as backend
 from sparsefx.api import compile as compile
 from sparsefx.api import explain as explain
 from sparsefx.api import export_onnx as export_onnx
+from sparsefx.api import sparsify as sparsify
 from sparsefx.attention.spec import SkipSoftmax as SkipSoftmax
 from sparsefx.attention.spec import Theta as Theta
 from sparsefx.checkpoint import load as load
 from sparsefx.checkpoint import save as save
 from sparsefx.errors import SparseFXError as SparseFXError
-from sparsefx.prune.sparsify import sparsify as sparsify
 from sparsefx.report import Report as Report
 from sparsefx.report import Row as Row
 from sparsefx.spec import NM as NM

@@ -80,8 +80,10 @@ def candidates(gm: fx.GraphModule) -> Iterator[Candidate]:
             yield Candidate(node, "conv", module_path(node))
         elif node.target in WHOLE_LAYERS or _holds_linears(gm, node):
             yield Candidate(node, "layer", module_path(node))
-        elif node.target is ATTENTION or _is_flex(node) or _is_eager_attention(node):
-            yield Candidate(node, "attention", module_path(node))
+        elif node.target is ATTENTION or is_flex(node):
+            yield Candidate(node, "attention", attention_path(node))
+        elif (product := _attending_product(node)) is not None:
+            yield Candidate(node, "attention", attention_path(product))
         elif node.target in _PRODUCTS:
             yield from list(_experts(node)) or _product(node)
         else:
@@ -112,12 +114,19 @@ _ROOT = re.compile(r"^L\['\w+'\]")  # Dynamo's name for the variable that holds 
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module that a node was traced from; "" for the model itself."""
+    """Dotted path of the module that a node was traced from; the model itself: the node's name."""
+    return _path(node) or node.name
+
+
+def attention_path(node: fx.Node) -> str:
+    """The same for an attention, which is found again by it: "attention" for the model itself."""
+    return _path(node) or "attention"
+
+
+def _path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return node.name
-    path = str(list(stack.values())[-1][0])
-    return _ROOT.sub("", path).replace("._orig_mod", "").lstrip(".") or node.name
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return _ROOT.sub("", path).replace("._orig_mod", "").lstrip(".")
 
 
 def _linear(node: fx.Node) -> Iterator[Candidate]:
@@ -196,24 +205,26 @@ def _layer_name(node: fx.Node, weight: fx.Node) -> str:
     return path
 
 
-def _is_flex(node: fx.Node) -> bool:
+def is_flex(node: fx.Node) -> bool:
+    """Whether it calls flex_attention, an operator that takes its scores' change as a graph."""
     return isinstance(node.target, HigherOrderOperator) and node.target.name() == "flex_attention"
 
 
 _STEPS_TO_MATMUL = 5
 
 
-def _is_eager_attention(node: fx.Node) -> bool:
-    """A softmax between two matrix products, neither with a constant weight."""
-    if node.target is not aten.softmax.int:
-        return False
-    return _reaches_matmul(node, _STEPS_TO_MATMUL) and _comes_from_matmul(node, _STEPS_TO_MATMUL)
+def _attending_product(node: fx.Node) -> fx.Node | None:
+    """The product that a softmax goes into, if it also comes from one: an attention by hand."""
+    if node.target is not aten.softmax.int or not _comes_from_matmul(node, _STEPS_TO_MATMUL):
+        return None
+    return _next_matmul(node, _STEPS_TO_MATMUL)
 
 
-def _reaches_matmul(node: fx.Node, steps: int) -> bool:
-    return steps > 0 and any(
-        user.target in _MATMULS or _reaches_matmul(user, steps - 1) for user in node.users
-    )
+def _next_matmul(node: fx.Node, steps: int) -> fx.Node | None:
+    if not steps:
+        return None
+    found = (u if u.target in _MATMULS else _next_matmul(u, steps - 1) for u in node.users)
+    return next((product for product in found if product is not None), None)
 
 
 def _comes_from_matmul(node: fx.Node, steps: int) -> bool:

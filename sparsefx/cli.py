@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sparsefx.commands import bench, explain, export, sparsify
-from sparsefx.errors import SparseFXError
+from sparsefx.errors import MissingCalibration, SparseFXError
 from sparsefx.model_files import DTYPES
 
 GUARDS = ("measure", "model", "off")
@@ -32,7 +32,7 @@ examples:
   sparsefx export my-model/ model.onnx --recipe recipe.toml
   sparsefx bench my-model/ --recipe recipe.toml  whole model against torch.compile, in turns
 
-a recipe names weights by glob; the first one that matches decides:
+a recipe names weights, and attentions, by glob; the first one that matches decides:
   [[weights]]
   match = "*.mlp.*"
   pattern = "nm"              # n kept of m
@@ -42,6 +42,14 @@ a recipe names weights by glob; the first one that matches decides:
   match = "*.self_attn.*"
   pattern = "unstructured"    # or "block" (rows, cols, sparsity), or "dense"
   sparsity = 0.5
+  [[attention]]
+  match = "*.self_attn"
+  method = "skip_softmax"     # or "theta" (k, ...), or "dense"
+  sparsity = 0.7              # or error, or scale_factor = [prefill, decode]
+
+calibration data for attention, unless scale_factor is given, is a .safetensors file of batches:
+tensors input_ids.0, input_ids.1, ..., or one input_ids [batches, batch, length]:
+  sparsefx explain my-model/ --recipe recipe.toml --calibration text.safetensors
 
 `sparsefx COMMAND --help` explains the options of a command."""
 
@@ -54,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.no_grad():
             command(args)
     except (SparseFXError, OSError) as error:
-        print(f"sparsefx {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = "; in the shell: --calibration FILE" if isinstance(error, MissingCalibration) else ""
+        print(f"sparsefx {args.command}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0
 
@@ -87,6 +96,7 @@ def _add_sparsify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     command = _add_command(commands, "sparsify", sparsify, text)
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML; see sparsefx --help")
     command.add_argument("out", type=Path, metavar="OUT", help="new folder for the checkpoint")
+    _add_calibration(command)
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -157,8 +167,9 @@ def _add_compile_options(command: argparse.ArgumentParser) -> None:
 
 def _add_input_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--recipe", type=Path, metavar="TOML", help="prune by this recipe first (in memory only)"
+        "--recipe", type=Path, metavar="TOML", help="apply this recipe first (in memory only)"
     )
+    _add_calibration(command)
     command.add_argument(
         "--rows",
         type=_positive,
@@ -171,6 +182,15 @@ def _add_input_options(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=".safetensors with the arguments of one call by name, in place of the made-up sample",
+    )
+
+
+def _add_calibration(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors with batches to calibrate the recipe on; see sparsefx --help",
     )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import sparsefx
 from sparsefx.detect import tightest
 from sparsefx.errors import UnreadableInput, UnreadableModel
+from sparsefx.input_files import check_call, load_batches, load_call
 from sparsefx.model_files import load_model, load_tensors, pretrained, sample_inputs
 from sparsefx.report import Report, Row
 
@@ -33,9 +34,10 @@ def sparsify(args: argparse.Namespace) -> None:
     """Prunes by a recipe and saves a sparse checkpoint folder."""
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists; give a new folder, or remove it")
-    recipe = sparsefx.Recipe.from_toml(args.recipe)
+    recipe = _recipe(args)
+    assert recipe is not None  # a required argument
     model = load_model(args.model, args.dtype)
-    sparsefx.sparsify(model, recipe, inplace=True)
+    sparsefx.sparsify(model, recipe, _calibration(model, args), inplace=True)
     sparsefx.save(model, args.out, recipe=recipe)
     if args.model.is_dir():
         _copy_description(model, args.model, args.out)
@@ -61,6 +63,7 @@ def export(args: argparse.Namespace) -> None:
         kwargs=inputs,
         dynamic_shapes=_dynamic(inputs) if args.dynamic else None,
         recipe=_recipe(args),
+        calibration=_calibration(model, args),
         form=args.form,
         opset=args.opset,
     )
@@ -72,12 +75,22 @@ def bench(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.dtype)
     model, inputs = _on_device(model, _inputs(model, args), args.target)
     dense = torch.compile(model)
-    fast = sparsefx.compile(model, args.target, recipe=_recipe(args), guard=args.guard)
+    fast = _compile(model, args)
     pairs = _paired_ms(lambda: dense(**inputs), lambda: fast(**inputs), args.runs)
     first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
     low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
     print(f"torch.compile {first:.3f} ms, sparsefx {second:.3f} ms, medians of {args.runs} pairs")
     print(f"sparsefx is {middle:.2f}x as fast, quartiles {low:.2f} to {high:.2f}")
+
+
+def _compile(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    return sparsefx.compile(
+        model,
+        args.target,
+        recipe=_recipe(args),
+        calibration=_calibration(model, args),
+        guard=args.guard,
+    )
 
 
 def _paired_ms(
@@ -101,7 +114,7 @@ def _clock_ms(run: Callable[[], object]) -> float:
 def _explain_folder(args: argparse.Namespace) -> Report:
     model = load_model(args.model, args.dtype)
     model, inputs = _on_device(model, _inputs(model, args), args.target)
-    fast = sparsefx.compile(model, args.target, recipe=_recipe(args), guard=args.guard)
+    fast = _compile(model, args)
     fast(**inputs)
     return sparsefx.explain(fast)
 
@@ -133,25 +146,35 @@ def _row(name: str, weight: Tensor) -> Row:
 
 def _inputs(model: nn.Module, args: argparse.Namespace, batch: int = 1) -> dict[str, object]:
     if args.input is not None:
-        return _read_inputs(model, args.input)
+        return dict(load_call(args.input, model))
     return sample_inputs(model, args.rows, batch)
 
 
-def _read_inputs(model: nn.Module, path: Path) -> dict[str, object]:
-    """The arguments that a file holds, tried once: after compilation an error would say less."""
-    inputs = load_tensors(path)
-    try:
-        model(**inputs)
-    except Exception as error:  # whatever a model raises on arguments that it does not take
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        rule = f"the model does not take its tensors as arguments: {type(error).__name__}: {reason}"
-        remedy = "It must hold the arguments of one call by name, such as input_ids"
-        raise UnreadableInput(path=path, rule=rule, remedy=remedy) from error
-    return dict(inputs)
-
-
 def _recipe(args: argparse.Namespace) -> sparsefx.Recipe | None:
-    return None if args.recipe is None else sparsefx.Recipe.from_toml(args.recipe)
+    if args.recipe is None:
+        return None
+    recipe = sparsefx.Recipe.from_toml(args.recipe)
+    if recipe.attention is not None and args.model.is_file():
+        rule = "a bare weight file does not say how its attention is computed"
+        remedy = "Give a Hugging Face folder, or a recipe without attention"
+        raise UnreadableModel(path=args.model, rule=rule, remedy=remedy)
+    return recipe
+
+
+def _calibration(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Tensor]] | None:
+    """The batches that the recipe is to be calibrated on, on the device of `model`."""
+    path = args.calibration
+    if path is None:
+        return None
+    if args.recipe is None:
+        rule = "calibration data is for a recipe, and none was given"
+        raise UnreadableInput(path=path, rule=rule, remedy="Add --recipe TOML")
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    batches = [
+        {name: tensor.to(device) for name, tensor in batch.items()} for batch in load_batches(path)
+    ]
+    check_call(path, model, batches[0])
+    return batches
 
 
 def _on_device(

@@ -13,7 +13,8 @@ from sparsefx.report_rows import Row as Row
 from sparsefx.report_rows import Totals as Totals
 from sparsefx.report_rows import total
 
-_VERSION = 1  # of the JSON form
+_VERSION = 2  # of the JSON form
+_SINCE_2 = {"skipped", "lost_mass", "crossover", "thresholds"}  # fields of a row
 
 
 @dataclass
@@ -54,27 +55,30 @@ class Report:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Report":
-        """Reads what `to_json` wrote. Raises InvalidReport, OSError."""
+        """Reads what `to_json` wrote, now or at version 1. Raises InvalidReport, OSError."""
         try:
             data = json.loads(Path(path).read_bytes())
         except (ValueError, RecursionError) as error:
             raise InvalidReport(path=path, rule=f"it is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("version") != _VERSION:
-            raise InvalidReport(path=path, rule=f"it is not a report of version {_VERSION}")
+        version = data.get("version") if isinstance(data, dict) else None
+        if not isinstance(data, dict) or version not in (1, _VERSION):
+            raise InvalidReport(path=path, rule=f"it is not a report of version 1 or {_VERSION}")
         title, facts, rows = data.get("title"), data.get("facts"), data.get("rows")
         if not isinstance(title, str) or not isinstance(facts, dict) or not isinstance(rows, list):
             raise InvalidReport(path=path, rule="title, facts or rows are missing")
         if not all(isinstance(text, str) for text in facts.values()):
             raise InvalidReport(path=path, rule="a fact is not text")
-        return cls(title, [_row(path, entry) for entry in rows], facts)
+        known = set(_TYPES) - (_SINCE_2 if version == 1 else set())
+        return cls(title, [_row(path, entry, known) for entry in rows], facts)
 
 
 _TYPES = get_type_hints(Row)
 
 
-def _row(path: str | Path, entry: object) -> Row:
-    if not isinstance(entry, dict) or set(entry) != set(_TYPES):
-        raise InvalidReport(path=path, rule=f"a row does not have the fields {', '.join(_TYPES)}")
+def _row(path: str | Path, entry: object, known: set[str]) -> Row:
+    if not isinstance(entry, dict) or set(entry) != known:
+        names = ", ".join(name for name in _TYPES if name in known)
+        raise InvalidReport(path=path, rule=f"a row does not have the fields {names}")
     for name, value in entry.items():
         kind = _TYPES[name]
         whole = kind == float | None and isinstance(value, int)  # 12 for 12.0

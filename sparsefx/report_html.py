@@ -10,27 +10,43 @@ from sparsefx import report_words as words
 from sparsefx.report_rows import Row, Totals, stored_bytes, total
 
 # Heading and whether the column holds numbers, which are right-aligned and sorted as numbers.
-_COLUMNS = (
-    ("#", True),
-    ("node", False),
+_Columns = tuple[tuple[str, bool], ...]
+_FIRST: _Columns = (("#", True), ("node", False))
+_FATE = ("kernel, or why dense", False)
+_TIMES: _Columns = (("dense us", True), ("sparse us", True), ("gain", True), ("how", False))
+_COLUMNS: _Columns = (
+    *_FIRST,
     ("op", False),
     ("shape", False),
     ("pattern", False),
-    ("kernel, or why dense", False),
-    ("dense us", True),
-    ("sparse us", True),
-    ("gain", True),
-    ("how", False),
+    _FATE,
+    *_TIMES,
     ("error", True),
     ("bytes", True),
     ("stored", True),
 )
+_ATTENTION_COLUMNS: _Columns = (
+    *_FIRST,
+    ("shape", False),
+    ("pattern", False),
+    _FATE,
+    ("skipped", True),
+    ("lost mass", True),
+    ("error", True),
+    ("from keys", True),
+    *_TIMES,
+    ("thresholds", False),
+)
+_ATTENTION_CAPTION = (
+    "Attention with thresholds. Skipped: share of tiles or elements that the calibration data "
+    "skipped; lost mass: largest mean softmax mass that a head lost there; from keys: fewest keys "
+    "that run the kernel."
+)
 
 
 def render(title: str, rows: Sequence[Row], facts: Mapping[str, str]) -> str:
-    """The whole page."""
+    """The whole page. Attentions that have thresholds are in a table of their own."""
     template = Template(files("sparsefx").joinpath("report.html").read_text(encoding="utf-8"))
-    graphs = len({row.graph for row in rows}) > 1
     return template.substitute(
         title=_text(title),
         facts="".join(
@@ -38,8 +54,31 @@ def render(title: str, rows: Sequence[Row], facts: Mapping[str, str]) -> str:
         ),
         tiles=_tiles(total(rows)),
         charts=_charts(rows),
-        columns="".join(_head(label, numbers) for label, numbers in _COLUMNS),
-        rows="\n".join(_row(at, row, graphs) for at, row in enumerate(rows, start=1)),
+        tables=_tables(rows),
+    )
+
+
+def _tables(rows: Sequence[Row]) -> str:
+    graphs = len({row.graph for row in rows}) > 1
+    drawn = [
+        (bool(row.thresholds), (_attention_row if row.thresholds else _row)(at, row, graphs))
+        for at, row in enumerate(rows, start=1)
+    ]
+    others = "\n".join(row for is_attention, row in drawn if not is_attention)
+    attentions = "\n".join(row for is_attention, row in drawn if is_attention)
+    caption = f"<caption>{_ATTENTION_CAPTION}</caption>"
+    return (_table(_ATTENTION_COLUMNS, attentions, caption) if attentions else "") + (
+        _table(_COLUMNS, others) if others else ""
+    )
+
+
+def _table(columns: _Columns, rows: str, caption: str = "") -> str:
+    head = "".join(
+        f'<th scope="col"{" class=n" if numbers else ""}>{label}</th>' for label, numbers in columns
+    )
+    return (
+        f'<table class="bare">{caption}\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{rows}</tbody>\n</table>\n"
     )
 
 
@@ -78,30 +117,63 @@ def _charts(rows: Sequence[Row]) -> str:
     return report_charts.speedups(rows) + pair
 
 
-def _head(label: str, numbers: bool) -> str:
-    return f'<th scope="col"{" class=n" if numbers else ""}>{label}</th>'
-
-
 def _row(at: int, row: Row, graphs: bool) -> str:
-    fate = "sparse" if row.kernel else "dense"
-    name = f"{row.name} (graph {row.graph})" if graphs else row.name
     cells = (
-        _number("#", at, str(at), "order"),
-        f'<th scope="row">{_text(name).replace(".", ".<wbr>")}</th>',
+        *_first(at, row, graphs),
         _word("op", row.op),
         _word("shape", row.shape, "shape"),
         _word("pattern", row.pattern),
-        f'<td class="fate"><span class="badge {fate}">{_text(row.kernel) or "dense"}</span> '
-        f'<span class="why">{_text(row.reason)}</span></td>',
-        _number("dense us", row.dense_us, words.microseconds(row.dense_us)),
-        _number("sparse us", row.sparse_us, words.microseconds(row.sparse_us)),
-        _number("gain", row.speedup, words.times(row.speedup)),
-        _word("how", row.how),
+        _fate(row),
+        *_times(row),
         _number("error", row.error, words.error(row.error)),
         _number("bytes", row.dense_bytes, words.size(row.dense_bytes) if row.dense_bytes else ""),
         _number("stored", stored_bytes(row), words.percent(stored_bytes(row), row.dense_bytes)),
     )
-    return f'<tr data-fate="{fate}">{"".join(cells)}</tr>'
+    return _line(row, cells)
+
+
+def _attention_row(at: int, row: Row, graphs: bool) -> str:
+    crossover = "" if row.crossover is None else str(row.crossover)
+    cells = (
+        *_first(at, row, graphs),
+        _word("shape", row.shape, "shape"),
+        _word("pattern", row.pattern, "shape"),
+        _fate(row),
+        _number("skipped", row.skipped, words.share(row.skipped)),
+        _number("lost mass", row.lost_mass, words.error(row.lost_mass)),
+        _number("error", row.error, words.error(row.error)),
+        _number("from keys", row.crossover, crossover),
+        *_times(row),
+        _word("thresholds", row.thresholds, "why limits"),
+    )
+    return _line(row, cells)
+
+
+def _line(row: Row, cells: Sequence[str]) -> str:
+    return f'<tr data-fate="{"sparse" if row.kernel else "dense"}">{"".join(cells)}</tr>'
+
+
+def _first(at: int, row: Row, graphs: bool) -> tuple[str, str]:
+    name = f"{row.name} (graph {row.graph})" if graphs else row.name
+    node = f'<th scope="row">{_text(name).replace(".", ".<wbr>")}</th>'
+    return _number("#", at, str(at), "order"), node
+
+
+def _fate(row: Row) -> str:
+    style = "sparse" if row.kernel else "dense"
+    return (
+        f'<td class="fate"><span class="badge {style}">{_text(row.kernel) or "dense"}</span> '
+        f'<span class="why">{_text(row.reason)}</span></td>'
+    )
+
+
+def _times(row: Row) -> tuple[str, str, str, str]:
+    return (
+        _number("dense us", row.dense_us, words.microseconds(row.dense_us)),
+        _number("sparse us", row.sparse_us, words.microseconds(row.sparse_us)),
+        _number("gain", row.speedup, words.times(row.speedup)),
+        _word("how", row.how),
+    )
 
 
 def _word(label: str, text: str, style: str = "") -> str:

@@ -21,6 +21,12 @@ class Row:
     not taken; how: "measured", "modelled" or ""; error: largest |sparse - dense| over largest
     |dense| on the guard's inputs; reason: why the node stayed dense ("" only if a kernel is there).
     bytes: dense and stored bytes of the weight.
+
+    Of an attention: error: relative output error of the layer, |O - dense| / |dense| in the 2-norm,
+    on the calibration data; skipped: share of tiles (or elements) that these data skipped in this
+    phase; lost_mass: the largest mean softmax mass that a head lost there; crossover: fewest keys
+    that run the kernel, fewer go dense; thresholds: what they are, in words, e.g. "prefill factors
+    3.1..420, decode 0.4..33, R2 0.98, calibrated 128..2048 keys", "" for none.
     """
 
     name: str
@@ -36,6 +42,10 @@ class Row:
     reason: str = ""
     dense_bytes: int = 0
     stored_bytes: int = 0
+    skipped: float | None = None
+    lost_mass: float | None = None
+    crossover: int | None = None
+    thresholds: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -67,6 +77,13 @@ class Row:
             found.append("it has a time and does not say how it was found")
         if min(self.dense_bytes, self.stored_bytes) < 0:
             found.append("a number of bytes is negative")
+        found += [
+            f"{field} is {value}, no share"
+            for field, value in (("skipped", self.skipped), ("lost_mass", self.lost_mass))
+            if value is not None and not 0 <= value <= 1
+        ]
+        if self.crossover is not None and self.crossover < 0:
+            found.append(f"crossover is {self.crossover}")
         return [f"{self.name} (graph {self.graph}): {text}" for text in found]
 
 
@@ -105,7 +122,8 @@ def total(rows: Sequence[Row]) -> Totals:
     """The sums over `rows`."""
     lowered = [row for row in rows if row.kernel]
     timed = [row for row in rows if row.dense_us is not None and row.chosen_us is not None]
-    errors = [row.error for row in lowered if row.error is not None]
+    # An attention's error is that of its thresholds, the others' that of a kernel's rounding.
+    errors = [row.error for row in lowered if row.error is not None and row.op != "attention"]
     return Totals(
         candidates=len(rows),
         lowered=len(lowered),

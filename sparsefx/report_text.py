@@ -1,8 +1,9 @@
-"""The report as plain text: a table as wide as the terminal, then reasons and totals."""
+"""The report as plain text: tables as wide as the terminal, then reasons and totals."""
 
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -12,25 +13,65 @@ from sparsefx import report_words as words
 from sparsefx.report_rows import Row, Totals, stored_bytes, total
 
 NARROWEST, WIDEST = 100, 160
-ROOMY = 144  # columns from which the table also shows the kind of node, the error and the bytes
+ROOMY = 144  # columns from which each fact has a column of its own
 
 _REST = 74  # columns that the other cells of a narrow table take
-_NUMBERS = ("graph", "dense", "sparse", "gain", "error", "stored")  # never folded
-_FLOORS = {"node": 20, "op": 6, "shape": 8, "pattern": 12, "runs": 14}  # narrowest columns
+_ATTENTION_REST, _ROOMY_ATTENTION_REST = 77, 126  # and those of a table of attentions
+# Columns whose cells are never folded, and the narrowest form of the others.
+_NUMBERS = frozenset(
+    {"graph", "skipped", "lost", "error", "from", "dense", "sparse", "gain", "stored"}
+)
+_FLOORS = {
+    "node": 20, "op": 6, "shape": 8, "pattern": 12, "runs": 14, "node, shape": 20,
+    "pattern, runs": 14,
+}  # fmt: skip
 _LEGEND = "times in microseconds; gain = dense / sparse, ~ where modelled"
+_ATTENTION_LEGEND = (
+    f"{_LEGEND}; skipped: share of tiles or elements that the calibration data skipped; lost: "
+    "largest mean softmax mass that a head lost there; from: fewest keys that run the kernel"
+)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What all cells depend on: numbers of the reasons, several graphs, columns of the terminal."""
+
+    numbers: Mapping[str, int]
+    graphs: bool
+    width: int
+
+    @property
+    def roomy(self) -> bool:
+        return self.width >= ROOMY
 
 
 def render(title: str, rows: Sequence[Row], facts: Mapping[str, str], width: int) -> str:
     """The whole report; `width` in columns is brought into NARROWEST..WIDEST.
 
-    Reasons repeat over many nodes, so that the table refers to them by number.
+    Reasons repeat over many nodes, so that the tables refer to them by number. Attentions that have
+    thresholds are in a table of their own.
     """
     width = min(max(width, NARROWEST), WIDEST)
     totals = total(rows)
     head = [words.printable(title)]
     head += [words.printable(f"  {label}: {fact}") for label, fact in facts.items()]
-    table = [_print(_table(rows, totals, width), width), _LEGEND, ""] if rows else []
-    return "\n".join([*_wrap(head, width), "", *table, *_wrap(summary(totals), width)])
+    numbers = {reason: at for at, (reason, _) in enumerate(totals.reasons, start=1)}
+    frame = _Frame(numbers, len({row.graph for row in rows}) > 1, width)
+    return "\n".join(
+        [*_wrap(head, width), "", *_tables(rows, frame), *_wrap(summary(totals), width)]
+    )
+
+
+def _tables(rows: Sequence[Row], frame: _Frame) -> list[str]:
+    attentions = [row for row in rows if row.thresholds]
+    others = [row for row in rows if not row.thresholds]
+    parts: list[str] = []
+    if others:
+        parts += [_table([_cells(row, frame) for row in others], frame), _LEGEND, ""]
+    if attentions:
+        parts += [_table([_attention_cells(row, frame) for row in attentions], frame)]
+        parts += [*_wrap([_ATTENTION_LEGEND, *_thresholds(attentions)], frame.width), ""]
+    return parts
 
 
 def _wrap(lines: Sequence[str], width: int) -> list[str]:
@@ -58,11 +99,8 @@ def summary(totals: Totals) -> list[str]:
     return lines
 
 
-def _table(rows: Sequence[Row], totals: Totals, width: int) -> Table:
-    numbers = {reason: at for at, (reason, _) in enumerate(totals.reasons, start=1)}
-    graphs = len({row.graph for row in rows}) > 1
-    cells = [_cells(row, numbers, graphs, width) for row in rows]
-    table = Table(box=None, padding=(0, 2 if width >= ROOMY else 1, 0, 0), header_style="")
+def _table(cells: Sequence[Mapping[str, str]], frame: _Frame) -> str:
+    table = Table(box=None, padding=(0, 2 if frame.roomy else 1, 0, 0), header_style="")
     for label in cells[0]:
         if label in _NUMBERS:
             table.add_column(label, justify="right", no_wrap=True)
@@ -70,26 +108,62 @@ def _table(rows: Sequence[Row], totals: Totals, width: int) -> Table:
             table.add_column(label, overflow="fold", min_width=_FLOORS[label])
     for row in cells:
         table.add_row(*(Text(cell) for cell in row.values()))
-    return table
+    return _print(table, frame.width)
 
 
-def _cells(row: Row, numbers: Mapping[str, int], graphs: bool, width: int) -> dict[str, str]:
-    roomy = width >= ROOMY
-    about = "~" if row.how == "modelled" and row.speedup is not None else ""
+def _cells(row: Row, frame: _Frame) -> dict[str, str]:
+    roomy = frame.roomy
     cells = {
-        "graph": str(row.graph) if graphs else None,
-        "node": _fold(words.printable(row.name), width - _REST),
+        "graph": str(row.graph) if frame.graphs else None,
+        "node": _fold(words.printable(row.name), frame.width - _REST),
         "op": words.printable(row.op) if roomy else None,
         "shape": words.printable(row.shape),
         "pattern": words.printable(row.pattern),
-        "runs": words.printable(row.kernel) or f"dense [{numbers[row.reason]}]",
-        "dense": words.microseconds(row.dense_us),
-        "sparse": words.microseconds(row.sparse_us),
-        "gain": about + words.times(row.speedup),
+        "runs": _runs(row, frame),
+        **_times(row),
         "error": words.error(row.error) if roomy else None,
         "stored": words.percent(stored_bytes(row), row.dense_bytes) if roomy else None,
     }
     return {label: text for label, text in cells.items() if text is not None}
+
+
+def _attention_cells(row: Row, frame: _Frame) -> dict[str, str]:
+    """A narrow table has no room for four columns of text: there, two facts share a cell."""
+    rest = _ROOMY_ATTENTION_REST if frame.roomy else _ATTENTION_REST
+    node = _fold(words.printable(row.name), frame.width - rest)
+    shape, pattern = words.printable(row.shape), words.printable(row.pattern)
+    runs = _runs(row, frame)
+    texts = {"node": node, "shape": shape, "pattern": pattern, "runs": runs}
+    if not frame.roomy:
+        texts = {"node, shape": f"{node}\n  {shape}", "pattern, runs": f"{pattern}\n{runs}"}
+    return {
+        **({"graph": str(row.graph)} if frame.graphs else {}),
+        **texts,
+        "skipped": words.share(row.skipped),
+        "lost": words.error(row.lost_mass),
+        "error": words.error(row.error),
+        "from": "" if row.crossover is None else str(row.crossover),
+        **_times(row),
+    }
+
+
+def _runs(row: Row, frame: _Frame) -> str:
+    return words.printable(row.kernel) or f"dense [{frame.numbers[row.reason]}]"
+
+
+def _times(row: Row) -> dict[str, str]:
+    about = "~" if row.how == "modelled" and row.speedup is not None else ""
+    return {
+        "dense": words.microseconds(row.dense_us),
+        "sparse": words.microseconds(row.sparse_us),
+        "gain": about + words.times(row.speedup),
+    }
+
+
+def _thresholds(rows: Sequence[Row]) -> list[str]:
+    """Each attention's thresholds, once: it has a row in every graph."""
+    lines = [words.printable(f"  {row.name}: {row.thresholds}") for row in rows]
+    return ["thresholds:", *dict.fromkeys(lines)]
 
 
 def _fold(name: str, space: int) -> str:

@@ -45,6 +45,11 @@ def percent(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else ""
 
 
+def share(value: float | None) -> str:
+    """A share to three digits: "67.8%", "0.012%"; "" for None."""
+    return "" if value is None else f"{100 * value:.3g}%"
+
+
 def source(totals: Totals) -> str:
     """Where the times come from: "180 measured, 30 modelled, 10 without times"."""
     parts = [f"{count} {how}" for how, count in totals.how]

@@ -13,3 +13,12 @@ def hint(size: int | torch.SymInt) -> int:
 def varies(size: int | torch.SymInt) -> bool:
     """Whether other calls of the same graph may bring another size."""
     return isinstance(size, torch.SymInt) and not bool(size.node.expr.is_number)
+
+
+def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Equal for certain: symbols by expression, without installing a guard."""
+    first, second = (
+        size if isinstance(size, int) else size.node.expr if varies(size) else hint(size)
+        for size in (a, b)
+    )
+    return bool(first == second)

@@ -51,6 +51,7 @@ def masks(sizes: Sizes, seed: int) -> dict[str, Tensor | None]:
     padding = torch.arange(sizes.keys) < lengths[:, None]
     bias = torch.randn(1, sizes.heads, sizes.queries, sizes.keys, generator=generator)
     hidden = torch.rand(sizes.queries, sizes.keys, generator=generator) < 0.2
+    hidden[:, 0] = False  # rows without a sink keep every tile in ascending order
     return {
         "none": None,
         "bool": padding[:, None, None, :],

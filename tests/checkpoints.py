@@ -7,10 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.api import sparsify
+from sparsefx.attention.thresholds import SkipThresholds, ThetaThresholds
 from sparsefx.checkpoint.layout import KEY
-from sparsefx.prune.sparsify import sparsify
 from sparsefx.spec import Pattern, Recipe
 
+SKIP = SkipThresholds(
+    prefill=(3.5, 0.0, 1e-3),
+    decode=(0.25, 7.0, 12.0),
+    tile=(64, 64),
+    order="sink_diagonal",
+    keys=(128, 2048),
+    skipped=(0.7, None),
+    error=(0.01, None),
+    lost_mass=(0.004, None),
+    r2=(0.98, None),
+)
+THETA = ThetaThresholds(
+    k=64,
+    lengths=(65, 128, 2048),
+    theta=((-1.5, 0.0, 2.25), (1e-300, -1e300, 3.0)),
+    lost=((0.5, 1.5, 2.5), (0.0, 0.0, 1.0)),
+    placement="pre",
+    denominator="offline",
+    v_mean=True,
+    keys=(64, 2048),
+    kept=0.04,
+    error=0.02,
+)
 Json = dict[str, Any]  # Any: the tests take it apart, and put nonsense in
 
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from sparsefx.api import targets
+from sparsefx.attention.guard import AttentionVerdict
+from sparsefx.attention.wanted import Wanted
 from sparsefx.compiler import Compiler, Plan
 from sparsefx.guard import Verdict
 from sparsefx.passes import pipelines
 from sparsefx.session import Session
-from sparsefx.target import LinearSpec, Lowering
+from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering
 
 
 def accept(spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering) -> Verdict:
@@ -27,8 +29,24 @@ def run_graph(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     return gm
 
 
-def eager_compiler(title: str, judge: object = accept) -> Compiler:
+def accept_attention(spec: AttentionSpec, lowering: AttentionLowering) -> AttentionVerdict:
+    """A guard that lowers every sparse attention, at every length."""
+    return AttentionVerdict(2.0, 1.0, "modelled", spec.keys, from_keys=0)
+
+
+def refuse_attention(spec: AttentionSpec, lowering: AttentionLowering) -> AttentionVerdict:
+    """A guard that lowers none."""
+    return AttentionVerdict(1.0, 2.0, "modelled", spec.keys, from_keys=None)
+
+
+JUDGES = pipelines.Judges(accept, accept_attention, proof=True)
+
+
+def eager_compiler(
+    title: str, judge: object = accept, wanted: Wanted = pipelines.DENSE
+) -> Compiler:
     """A backend that lowers what `judge` lets pass and leaves Inductor out."""
-    passes = pipelines.inference(targets()["cpu"], judge, proof=True)  # type: ignore[arg-type]
+    judges = pipelines.Judges(judge, accept_attention, proof=True)  # type: ignore[arg-type]
+    passes = pipelines.inference(targets()["cpu"], judges, wanted)
     plan = Plan(passes, pipelines.training(frozenset()), emit=run_graph)
     return Compiler(plan, Session(title, "cpu", "test"))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsefx.annotations import annotations
+from sparsefx.api import sparsify
 from sparsefx.checkpoint import load, save
 from sparsefx.errors import CheckpointMismatch
-from sparsefx.prune.sparsify import sparsify
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 from tests.checkpoints import Zoo, layout_of, raw, snapshot, split, zoo
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsefx.annotations import annotate, annotations
+from sparsefx.annotations import annotate, annotate_attention, annotations, attention_thresholds
+from sparsefx.api import sparsify
 from sparsefx.checkpoint import load, save
 from sparsefx.checkpoint.layout import KEY
+from sparsefx.checkpoint.thresholds import THRESHOLDS_KEY
 from sparsefx.errors import CheckpointMismatch, CorruptCheckpoint
-from sparsefx.prune.sparsify import sparsify
 from sparsefx.spec import NM, Recipe, Unstructured
-from tests.checkpoints import Json, Zoo, joined, snapshot, split, zoo
+from tests.checkpoints import SKIP, THETA, Json, Zoo, joined, snapshot, split, zoo
 
 Edit = Callable[[Json, Json, bytearray], None]
 
@@ -42,6 +44,7 @@ def rename(old: str, new: str) -> Edit:
 
 
 HUGE = 2**62
+OTHER = replace(SKIP, order="ascending")
 
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "index not ascending": (set_byte("linear.weight:index", 0, 0b00000101), "do not ascend"),
@@ -91,21 +94,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixed(seed: int = 0) -> Zoo:
-    """N:M in the linear, a bitmap in the convolution, dense elsewhere."""
+    """N:M in the linear, a bitmap in the convolution, dense elsewhere; thresholds of two kinds."""
     recipe = Recipe({"linear.*": NM(2, 4), "conv.*": Unstructured(0.5)})
-    return sparsify(zoo(seed=seed), recipe, inplace=True, progress=False)
+    model = sparsify(zoo(seed=seed), recipe, inplace=True, progress=False)
+    annotate_attention(model, {"layers.0": SKIP, "layers.1": THETA})
+    return model
 
 
 def assert_refused_or_valid(folder: Path) -> bool:
     """Loads into a fresh model; whatever happens, the model stays whole. True if it was refused."""
     model = zoo(seed=1)
     annotate(model, {"linear.weight": NM(1, 4)})
+    annotate_attention(model, {"layers.0": OTHER})
     before = snapshot(model)
     try:
         load(folder, model)
     except (CorruptCheckpoint, CheckpointMismatch):
         assert snapshot(model) == before
         assert annotations(model) == {"linear.weight": NM(1, 4)}
+        assert attention_thresholds(model) == {"layers.0": OTHER}
         return True
     shapes = {name: (dtype, shape) for name, (dtype, shape, _) in before.items()}
     after = snapshot(model)
@@ -206,6 +213,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     [
         ("weights = 3", CorruptCheckpoint),
         ('[[weights]]\nmatch = "linear.weight"\npattern = "nm"\nn = 9\nm = 4', CorruptCheckpoint),
+        ('[attention]\nmethod = "theta"\nk = 4', CorruptCheckpoint),
         ('[[weights]]\nmatch = "other"\npattern = "nm"\nn = 2\nm = 4', CheckpointMismatch),
     ],
 )
@@ -269,28 +277,30 @@ JSON_VALUES = st.one_of(
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
-@given(st.data(), JSON_VALUES, st.booleans())
+@given(st.data(), JSON_VALUES, st.sampled_from([None, KEY, THRESHOLDS_KEY]))
 def test_random_edits_of_the_description_never_escape(
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
     data: st.DataObject,
     value: object,
-    in_header: bool,
+    part: str | None,
 ) -> None:
+    """`part` is the text of the metadata that is edited, None for the header itself."""
     header, content = split(checkpoint / "model.safetensors")
-    layout = json.loads(header["__metadata__"][KEY])
-    table = header if in_header else layout
+    root = table = header if part is None else json.loads(header["__metadata__"][part])
     while True:  # walk down to a random leaf
-        key = data.draw(st.sampled_from(sorted(table)))
-        if not isinstance(table[key], dict) or not table[key] or data.draw(st.integers(0, 9)) == 0:
+        keys = sorted(table) if isinstance(table, dict) else list(range(len(table)))
+        key = data.draw(st.sampled_from(keys))
+        inner = table[key]
+        if not isinstance(inner, dict | list) or not inner or data.draw(st.integers(0, 9)) == 0:
             break
-        table = table[key]
+        table = inner
     if data.draw(st.booleans()):
         table[key] = value
     else:
         del table[key]
-    if not in_header:
-        header["__metadata__"][KEY] = json.dumps(layout)
+    if part is not None:
+        header["__metadata__"][part] = json.dumps(root)
     folder = tmp_path_factory.getbasetemp() / "edited"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(joined(header, content))

@@ -10,7 +10,7 @@ from sparsefx.api import targets
 from sparsefx.graph import capture
 from sparsefx.passes import pipelines
 from sparsefx.pipeline import PassContext, run
-from tests.compilers import accept, eager_compiler
+from tests.compilers import JUDGES, eager_compiler
 from tests.random_modules import Sample, sample
 
 SEEDS = range(200)
@@ -47,7 +47,7 @@ def test_every_stage_of_the_export_door(seed: int) -> None:
     gm = capture(case.module, (case.x,))
     ctx = PassContext()
     counts: dict[str, int] = {}
-    for each in pipelines.inference(targets()["cpu"], accept, proof=True):
+    for each in pipelines.inference(targets()["cpu"], JUDGES):
         counts |= run(gm, (each,), ctx)
         assert_close(gm(case.x), case, f"after {each.name}")
     assert_counts(counts, case)

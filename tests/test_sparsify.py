@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefx.annotations import annotate, annotations
+from sparsefx.api import sparsify
 from sparsefx.errors import (
     EmptyCalibration,
     NonFiniteWeight,
@@ -15,7 +16,6 @@ from sparsefx.errors import (
     PatternDoesNotFit,
     SparseFXError,
 )
-from sparsefx.prune.sparsify import sparsify
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 

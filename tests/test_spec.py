@@ -1,21 +1,14 @@
-"""Patterns keep exact counts, break ties by index, and travel through TOML."""
+"""Patterns keep exact counts, and break ties by index; a Recipe says which weight gets which."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sparsefx.errors import InvalidPattern, InvalidRecipe
+from sparsefx.attention.spec import SkipSoftmax, Theta
+from sparsefx.errors import InvalidPattern, InvalidRecipe, InvalidThreshold
 from sparsefx.spec import NM, Block, Magnitude, Pattern, Recipe, Unstructured
-
-PATTERNS = st.one_of(
-    st.builds(Unstructured, st.floats(0, 1, exclude_max=True)),
-    st.sampled_from([4, 8, 16]).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m))),
-    st.builds(Block, st.integers(1, 128), st.integers(1, 128), st.floats(0, 1, exclude_max=True)),
-)
 
 
 def scores(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,60 +111,6 @@ def test_first_match_wins_and_none_is_dense() -> None:
     assert Recipe().pattern_for("b.weight") is None
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(weights=st.dictionaries(st.text(max_size=12), st.none() | PATTERNS, max_size=5))
-def test_recipe_round_trips_through_toml(
-    tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Pattern | None]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "recipe.toml"
-    Recipe(weights).to_toml(path)
-    assert list(Recipe.from_toml(path).weights.items()) == list(weights.items())
-
-
-ENTRY = '[[weights]]\nmatch = "*"\npattern = '
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("weights = [", "not TOML"),
-        ("a = " + "9" * 5000, "not TOML"),
-        ("a = " + "[" * 20000, "not TOML"),
-        ("speed = 1", "unknown section 'speed'"),
-        ("weights = 3", "array of tables"),
-        ("weights = [3]", "needs match"),
-        ("[[weights]]\npattern = 'nm'", "needs match"),
-        (ENTRY + '"cube"', "'cube' is not one of"),
-        (ENTRY + "[]", "is not one of"),
-        (ENTRY + '"nm"\nn = 2', "takes the numbers n, m"),
-        (ENTRY + '"nm"\nn = 2.5\nm = 4', "takes the numbers n, m"),
-        (ENTRY + '"nm"\nn = 2\nm = inf', "takes the numbers n, m"),
-        (ENTRY + '"nm"\nn = true\nm = 4', "takes the numbers n, m"),
-        (ENTRY + '"nm"\nn = 2\nm = 4\nk = 1', "takes the numbers n, m"),
-        (ENTRY + '"unstructured"\nsparsity = "half"', "takes the numbers sparsity"),
-        (ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = "luck"', "criterion 'luck'"),
-        (ENTRY + '"dense"\n' + ENTRY + '"dense"', "same match"),
-    ],
-)
-def test_unreadable_recipes_are_refused(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(text)
-    with pytest.raises(InvalidRecipe, match="Recipe.to_toml shows the form") as caught:
-        Recipe.from_toml(path)
-    assert says in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-def test_binary_files_and_senseless_numbers_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidRecipe):
-        Recipe.from_toml(path)
-    path.write_text(ENTRY + '"nm"\nn = 5\nm = 4')
-    with pytest.raises(InvalidPattern):
-        Recipe.from_toml(path)
-
-
 @pytest.mark.parametrize(
     ("weights", "text"),
     [
@@ -195,3 +134,47 @@ def test_numbers_of_wrong_types_are_refused() -> None:
     for make in wrong:
         with pytest.raises(InvalidPattern):
             make()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SkipSoftmax(), "exactly one of sparsity, error and scale_factor"),
+        (lambda: SkipSoftmax(sparsity=0.5, error=0.1), "exactly one of"),
+        (lambda: SkipSoftmax(sparsity=1.0), r"sparsity=1\.0 must lie in \(0, 1\)"),
+        (lambda: SkipSoftmax(error=float("nan")), r"error=nan must lie in \(0, 1\)"),
+        (lambda: SkipSoftmax(sparsity=True), "sparsity=True must lie in"),
+        (lambda: SkipSoftmax(scale_factor=float("inf")), "a scale factor is a finite number"),
+        (lambda: SkipSoftmax(scale_factor=(1.0, -1.0)), "a scale factor is a finite number"),
+        (lambda: SkipSoftmax(scale_factor=(1, 2, 3)), "or two of them"),
+        (lambda: SkipSoftmax(scale_factor=()), "or two of them"),
+        (lambda: SkipSoftmax(sparsity=0.5, tile=64), "tile=64 must be two of"),
+        (lambda: SkipSoftmax(sparsity=0.5, tile=(64, 64.0)), "must be two of"),
+        (lambda: SkipSoftmax(sparsity=0.5, tile=(64, 64, 64)), "must be two of"),
+        (lambda: SkipSoftmax(sparsity=0.5, within=0.0), r"within=0\.0 must lie in"),
+        (lambda: SkipSoftmax(sparsity=0.5, per="layer"), "per='layer' is not one of"),
+        (lambda: Theta(0), "k=0 must be a whole number from 1 on"),
+        (lambda: Theta(64, dense_layers=True), "dense_layers=True must be a whole number"),
+        (lambda: Theta(64, deviations=float("nan")), "deviations=nan must be a finite number"),
+        (lambda: Theta(64, v_mean=1), "v_mean=1 must be True or False"),
+        (lambda: Theta(64, denominator="half"), "denominator='half' is not one of"),
+    ],
+)
+def test_senseless_attention_is_refused(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(InvalidThreshold, match=says):
+        make()
+
+
+def test_the_first_glob_decides_on_attention() -> None:
+    skip = SkipSoftmax(sparsity=0.5)
+    recipe = Recipe(attention={"*.0.*": None, "*.1.*": Theta(64), "*": skip})
+    wanted = [recipe.attention_for(f"layers.{at}.attn") for at in range(3)]
+    assert wanted == [None, Theta(64), skip]
+    assert Recipe(attention=skip).attention_for("anything") == skip
+    assert Recipe().attention_for("anything") is None
+
+
+@pytest.mark.parametrize("attention", ["dense", {"*": "theta"}, {3: Theta(64)}, NM(2, 4)])
+def test_recipes_of_no_attention_are_refused(attention: Any) -> None:  # Any: what is tested
+    with pytest.raises(InvalidRecipe, match="recipe attention"):
+        Recipe(attention=attention)

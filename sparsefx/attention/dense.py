@@ -46,6 +46,9 @@ def dense_attention(
         )
     visible = is_visible(queries, keys, is_causal, window, q.device)
     merged = merge_masks(mask, visible, q.dtype)
+    if grouped and q.is_cuda:  # its fast backends take a mask or groups, not both
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=merged, scale=scale, enable_gqa=grouped
     )

@@ -36,65 +36,70 @@ class Probe:
         return (self.q, self.k, self.v, self.mask, *self.method, *self.seen, *self.options)
 
 
-def probe(spec: AttentionSpec, keys: int, sparsity: float, device: torch.device) -> Probe:
-    """Batch 1, one group of query heads, `keys` keys and as many queries (decode: one).
+def probe(
+    spec: AttentionSpec,
+    keys: int,
+    sparsity: float,
+    device: torch.device,
+    *,
+    batch: int = 1,
+    groups: int = 1,
+) -> Probe:
+    """Inputs with `keys` keys and as many queries (decode: one), `groups` KV heads.
 
     About `sparsity` of the key tiles (theta: of the keys) are skipped by every query tile; the
     first stays always. Heads and batches are independent, so one group stands for all.
     """
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-    group = spec.heads // spec.kv_heads
+    generator = torch.Generator(device).manual_seed(_SEED)
+    heads = groups * (spec.heads // spec.kv_heads)
     queries = 1 if spec.phase == "decode" else keys
     scale = spec.head_dim**-0.5
 
     def random(heads: int, length: int) -> Tensor:
-        shape = (1, length, heads, spec.head_dim)
-        return torch.randn(shape, generator=generator).transpose(1, 2)
+        shape = (batch, length, heads, spec.head_dim)
+        dtype = spec.dtype
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).transpose(1, 2)
 
-    q, k, v = random(group, queries), random(1, keys), random(1, keys)
+    q, k, v = random(heads, queries), random(groups, keys), random(groups, keys)
     width = spec.tile[1] or 1
-    goes = torch.rand(-(-keys // width), generator=generator) < sparsity
+    goes = torch.rand(-(-keys // width), generator=generator, device=device) < sparsity
     goes[0] = False
     q[..., 0] = 1 / scale
     k[..., 0] = torch.where(goes.repeat_interleave(width)[:keys], -DEPTH, 0.0)
-    mask = _mask(spec, queries, keys)
-    method, options = _method(spec, group, queries, keys, goes)
-    return Probe(
-        *(each.to(device, spec.dtype) for each in (q, k, v)),
-        None if mask is None else mask.to(device),
-        tuple(each.to(device) if isinstance(each, Tensor) else each for each in method),
-        (spec.is_causal, scale, spec.window),
-        options,
-    )
+    mask = _mask(spec, queries, keys, device)
+    method, options = _method(spec, heads, queries, keys, goes)
+    seen = (spec.is_causal, scale, spec.window)
+    return Probe(q, k, v, mask, method, seen, options)
 
 
-def _mask(spec: AttentionSpec, queries: int, keys: int) -> Tensor | None:
+def _mask(spec: AttentionSpec, queries: int, keys: int, device: torch.device) -> Tensor | None:
     """A causal mask, the one that models bring."""
     if spec.mask == "none":
         return None
-    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+    every = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+    visible = every.tril(keys - queries)
     if spec.mask == "bool":
         return visible
-    return torch.zeros(visible.shape, dtype=spec.dtype).masked_fill(~visible, float("-inf"))
+    return torch.zeros_like(visible, dtype=spec.dtype).masked_fill(~visible, float("-inf"))
 
 
 def _method(
-    spec: AttentionSpec, group: int, queries: int, keys: int, goes: Tensor
+    spec: AttentionSpec, heads: int, queries: int, keys: int, goes: Tensor
 ) -> tuple[tuple[object, ...], tuple[object, ...]]:
     if spec.method == "skip_softmax":
-        factor = torch.full((group,), keys * 2.718281828**-_LIMIT)
+        factor = torch.full((heads,), keys * 2.718281828**-_LIMIT, device=goes.device)
         return (factor, factor), (*spec.tile, spec.order)
     if spec.method == "block":
         rows = -(-queries // spec.tile[0])
-        keep = (~goes).expand(1, group, rows, -1).contiguous()
+        keep = (~goes).expand(1, heads, rows, -1).contiguous()
         return (keep,), spec.tile
     topk, placement, denominator, v_mean = spec.options
     # Scores of what stays are around 0, their probabilities above e^-15 / keys.
     limit = -_LIMIT if placement == "pre" else 2.718281828**-_LIMIT / keys
-    table = torch.full((group, 1), limit)
-    lost = torch.zeros(group, 1) if denominator == "offline" else None
+    table = torch.full((heads, 1), limit, device=goes.device)
+    lost = torch.zeros_like(table) if denominator == "offline" else None
     settings = (int(topk), placement, denominator, v_mean == "True")
-    return (torch.tensor([keys]), table, lost), settings
+    return (torch.tensor([keys], device=goes.device), table, lost), settings
 
 
 OPERATORS = {

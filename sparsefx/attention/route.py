@@ -6,6 +6,7 @@ import warnings
 from torch import Tensor
 
 from sparsefx.attention.dense import dense_attention
+from sparsefx.attention.meaning import shaped
 
 
 class BeyondCalibration(UserWarning):
@@ -30,7 +31,8 @@ def dense_if_short(
     """
     keys = k.shape[-2]
     if keys < dense_below:
-        return dense_attention(q, k, v, mask, is_causal, scale, window)
+        # the operators promise one memory layout; torch's backends differ in theirs
+        return shaped(dense_attention(q, k, v, mask, is_causal, scale, window), q)
     if calibrated and keys > calibrated:
         _warn_once(calibrated)
     return None

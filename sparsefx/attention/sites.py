@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsefx.candidates import ATTENTION, module_path
+from sparsefx.attention.sources import cross_attention
+from sparsefx.candidates import ATTENTION, attention_path
 from sparsefx.rewrite import Decline, arguments
-from sparsefx.shapes import hint, varies
+from sparsefx.shapes import hint, same, varies
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class AttentionSite:
 
 
 def attention_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
-    """The name of each attention node: its module's path; the second of a module ends in "#2"."""
+    """The name of each attention node: its module's path; the second of a module ends in "#2".
+
+    It is the same through both doors; "attention" is one that the model itself calls.
+    """
     seen: Counter[str] = Counter()
     names = {}
     for node in gm.graph.nodes:
         if node.target is ATTENTION:
-            path = module_path(node)
+            path = attention_path(node)
             seen[path] += 1
             names[node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
     return names
@@ -77,7 +81,11 @@ def sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, "AttentionSite | Declin
 
 
 def read(node: fx.Node, name: str) -> AttentionSite | Decline:
-    """The scaled_dot_product_attention call `node` as an AttentionSite called `name`."""
+    """The scaled_dot_product_attention call `node` as an AttentionSite called `name`.
+
+    Declined: other shapes than [batch, heads, length, dim], active dropout, cross-attention (told
+    by `sources.cross_attention`) and is_causal where PyTorch aligns it otherwise.
+    """
     q, k, v, mask, dropout, is_causal, scale, _grouped = arguments(node)
     operands = [each for each in (q, k, v) if isinstance(each, fx.Node)]
     if len(operands) < 3 or any(each.meta["val"].dim() != 4 for each in operands):
@@ -90,11 +98,14 @@ def read(node: fx.Node, name: str) -> AttentionSite | Decline:
     heads, dim, kv_heads, k_dim, v_heads, v_dim = (hint(size) for size in head_sizes)
     if (kv_heads, dim, dim) != (v_heads, k_dim, v_dim) or heads % kv_heads:
         return Decline("attention: heads or head sizes of q, k and v do not fit together")
-    if is_causal and not _same_length(operands[0], operands[1]):
+    if is_causal and not same(*(each.meta["val"].shape[-2] for each in operands[:2])):
         return Decline(
             "attention: is_causal with other numbers of queries than keys, which PyTorch aligns to "
             "the top left"
         )
+    reason = cross_attention(node, operands[0], operands[1])
+    if reason is not None:
+        return Decline(reason)
     factor = _number(scale)
     return AttentionSite(
         node=node,
@@ -111,10 +122,19 @@ def read(node: fx.Node, name: str) -> AttentionSite | Decline:
     )
 
 
-def _same_length(q: fx.Node, k: fx.Node) -> bool:
-    queries, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
-    symbolic = isinstance(queries, torch.SymInt) and isinstance(keys, torch.SymInt)
-    return bool(queries.node.expr == keys.node.expr) if symbolic else hint(queries) == hint(keys)
+def shape_text(node: fx.Node) -> str:
+    """Such as "9x64 heads (3 KV) @ 1 x 2048..": heads, their dim, queries x keys; ".." varies."""
+    operands = [each for each in arguments(node)[:2] if isinstance(each, fx.Node)]
+    q, k = (each.meta["val"].shape for each in operands)
+    if len(q) != 4 or len(k) != 4:
+        return ""
+    heads, kv_heads = hint(q[1]), hint(k[1])
+    grouped = f" ({kv_heads} KV)" if kv_heads != heads else ""
+    return f"{heads}x{hint(q[3])} heads{grouped} @ {_length(q[2])} x {_length(k[2])}"
+
+
+def _length(size: int | torch.SymInt) -> str:
+    return f"{hint(size)}{'..' if varies(size) else ''}"
 
 
 def _number(scale: object) -> float | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -12,6 +13,7 @@ PER = ("head", "model")
 TILES = (16, 32, 64, 128)
 PLACEMENTS = ("pre", "post")
 DENOMINATORS = ("exact", "exp_threshold", "offline", "none")
+_INF = float("inf")
 Metric = Callable[[nn.Module], float]
 
 
@@ -53,12 +55,12 @@ class SkipSoftmax:
             goal = getattr(self, name)
             if goal is not None and not (_is_number(goal) and 0 < goal < 1):
                 raise _misuse(self, f"{name}={goal!r} must lie in (0, 1)")
-        if any(not (_is_number(f) and 0 <= f < float("inf")) for f in self.factors or ()):
-            raise _misuse(self, "a scale factor is a finite number from 0 on")
+        if self.factors is not None and not _are_factors(self.factors):
+            raise _misuse(self, "a scale factor is a finite number from 0 on, or two of them")
         _one_of(self, "per", PER)
         _one_of(self, "order", ORDERS)
         tile = self.tile
-        if tile is not None and (len(tile) != 2 or any(size not in TILES for size in tile)):
+        if tile is not None and not _is_tile(tile):
             raise _misuse(self, f"tile={tile!r} must be two of {TILES}")
         if not _is_number(self.within) or not 0 < self.within < 1:
             raise _misuse(self, f"within={self.within!r} must lie in (0, 1)")
@@ -98,10 +100,15 @@ class Theta:
     def __post_init__(self) -> None:
         for name in ("k", "dense_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise _misuse(self, f"{name}={value!r} must be a whole number from 1 on")
-        if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
-            raise _misuse(self, f"dense_layers={self.dense_layers!r} must be a number from 0 on")
+        if not _is_whole(self.dense_layers) or self.dense_layers < 0:
+            rule = f"dense_layers={self.dense_layers!r} must be a whole number from 0 on"
+            raise _misuse(self, rule)
+        if not _is_number(self.deviations) or not -_INF < self.deviations < _INF:
+            raise _misuse(self, f"deviations={self.deviations!r} must be a finite number")
+        if not isinstance(self.v_mean, bool):
+            raise _misuse(self, f"v_mean={self.v_mean!r} must be True or False")
         _one_of(self, "placement", PLACEMENTS)
         _one_of(self, "denominator", DENOMINATORS)
 
@@ -114,8 +121,21 @@ def default_tile(device: str) -> tuple[int, int]:
     return (128, 64) if device == "cuda" else (64, 64)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_factors(given: tuple[object, ...]) -> bool:
+    return len(given) == 2 and all(_is_number(f) and 0 <= f < _INF for f in given)
+
+
+def _is_tile(tile: object) -> bool:
+    sizes = tile if isinstance(tile, tuple) else ()
+    return len(sizes) == 2 and all(type(size) is int and size in TILES for size in sizes)
 
 
 def _one_of(spec: object, name: str, known: tuple[str, ...]) -> None:

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparsefx.annotations import annotate
+from sparsefx.annotations import annotate, annotate_attention
+from sparsefx.attention.thresholds import AttentionThresholds
 from sparsefx.checkpoint.layout import (
     ANNOTATIONS_FILE,
     KEY,
@@ -21,6 +22,7 @@ from sparsefx.checkpoint.layout import (
     layout_from_json,
     strict_json,
 )
+from sparsefx.checkpoint.thresholds import THRESHOLDS_KEY, thresholds_from_json
 from sparsefx.errors import CheckpointMismatch, CorruptCheckpoint, InvalidPattern, InvalidRecipe
 from sparsefx.formats import (
     PackedBitmap,
@@ -41,7 +43,8 @@ def load(folder: str | Path, model: M) -> M:
     Names, shapes and dtypes must be those of `model.state_dict()`: nothing is cast, because a cast
     would silently change the weights; convert the model first. The model's devices are kept. A
     checkpoint of masks alone zeroes the weights that its masks do not keep and leaves the others.
-    The annotations of the checkpoint are added to the model's.
+    The annotations of the checkpoint, the thresholds of its attentions among them, are added to the
+    model's; whether thresholds have the model's number of heads is found when it is compiled.
 
     Raises CorruptCheckpoint for a file that is damaged or was made up, CheckpointMismatch for one
     that belongs to another model, OSError for one that cannot be read; `model` is unchanged after
@@ -52,7 +55,9 @@ def load(folder: str | Path, model: M) -> M:
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     try:
         with safe_open(path, framework="pt") as file:
-            layout = _checked_layout(path, file.metadata())
+            metadata = file.metadata() or {}
+            thresholds = _read_thresholds(metadata)
+            layout = _checked_layout(path, metadata)
             _check_fits(path, layout, targets, notes)
             for name, entry in layout.entries.items():
                 _check_content(name, entry, _parts(file, name, entry))
@@ -62,12 +67,18 @@ def load(folder: str | Path, model: M) -> M:
     except (BadLayout, SafetensorError) as error:
         raise CorruptCheckpoint(path=path, rule=str(error)) from error
     annotate(model, notes)
+    annotate_attention(model, thresholds)
     return model
 
 
-def _checked_layout(path: Path, metadata: Mapping[str, str] | None) -> Layout:
+def _read_thresholds(metadata: Mapping[str, str]) -> dict[str, AttentionThresholds]:
+    text = metadata.get(THRESHOLDS_KEY)
+    return {} if text is None else thresholds_from_json(text)
+
+
+def _checked_layout(path: Path, metadata: Mapping[str, str]) -> Layout:
     """The layout, after comparing it with what the file's header says is stored."""
-    text = (metadata or {}).get(KEY)
+    text = metadata.get(KEY)
     if text is None:
         raise BadLayout("it is a safetensors file without a sparsefx layout")
     layout = layout_from_json(text)
@@ -189,6 +200,10 @@ def _read_annotations(path: Path) -> dict[str, Pattern]:
         return {}
     except (InvalidRecipe, InvalidPattern) as error:
         raise CorruptCheckpoint(path=path, rule=str(error)) from error
+    if recipe.attention is not None:
+        raise CorruptCheckpoint(
+            path=path, rule="it has an attention section, which save never writes"
+        )
     return {name: pattern for name, pattern in recipe.weights.items() if pattern is not None}
 
 

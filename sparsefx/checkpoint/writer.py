@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsefx.annotations import annotations
+from sparsefx.annotations import annotations, attention_thresholds
 from sparsefx.checkpoint.layout import (
     ANNOTATIONS_FILE,
     KEY,
@@ -17,10 +17,12 @@ from sparsefx.checkpoint.layout import (
     RECIPE_FILE,
     STORED_NAMES,
     WEIGHTS_FILE,
+    BadLayout,
     Entry,
     Layout,
     as_matrix,
 )
+from sparsefx.checkpoint.thresholds import THRESHOLDS_KEY, thresholds_to_json
 from sparsefx.detect import MINIMUM_SPARSITY, count_zeros
 from sparsefx.errors import CheckpointMismatch
 from sparsefx.files import replacing
@@ -40,16 +42,19 @@ def save(
     Every tensor of `model.state_dict()` is stored N:M, as bitmap or dense, whichever takes the
     fewest bytes; loading gives back the same bits, except that `-0.0` in a packed tensor becomes
     `0.0`. Tied tensors are stored once. `masks_only` stores, instead of any value, one bit per
-    element for each weight that is annotated or at least a quarter zero. Without `recipe`, a
-    recipe.toml from an earlier save is removed.
+    element for each weight that is annotated or at least a quarter zero. The thresholds of the
+    model's attentions go into the same file. Without `recipe`, a recipe.toml from an earlier save
+    is removed.
 
     All files are written under temporary names and then renamed. Raises CheckpointMismatch for
-    state that is not a tensor or of a type that safetensors cannot hold, and OSError.
+    state that is not a tensor or of a type that safetensors cannot hold and for thresholds that are
+    no finite numbers, InvalidRecipe for a recipe that TOML cannot hold (a metric), and OSError.
     """
     folder = Path(folder)
     entries, aliases = _describe(model, folder, masks_only)
     tensors = _pack_all(model, entries, folder)
     metadata = {"format": "pt", KEY: Layout(entries, aliases, masks_only).to_json()}
+    metadata |= _thresholds(model, folder)
     with ExitStack() as stack:
         weights_file = stack.enter_context(replacing(folder / WEIGHTS_FILE))
         annotations_file = stack.enter_context(replacing(folder / ANNOTATIONS_FILE))
@@ -61,6 +66,16 @@ def save(
         weights_file.chmod(annotations_file.stat().st_mode)
     if recipe is None:
         (folder / RECIPE_FILE).unlink(missing_ok=True)
+
+
+def _thresholds(model: nn.Module, folder: Path) -> dict[str, str]:
+    """The metadata entry of the attention thresholds, none where nothing was calibrated."""
+    found = attention_thresholds(model)
+    try:
+        return {THRESHOLDS_KEY: thresholds_to_json(found)} if found else {}
+    except BadLayout as error:
+        remedy = "Calibrate the attentions again"
+        raise CheckpointMismatch(path=folder, rule=str(error), remedy=remedy) from error
 
 
 def _describe(

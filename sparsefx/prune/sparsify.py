@@ -1,4 +1,4 @@
-"""sparsify(): decide the masks that a recipe asks for and zero the pruned weights.
+"""prune_weights(): decide the masks that a recipe asks for and zero the pruned weights.
 
     pattern, criterion = recipe(name);  keep = pattern(criterion(W));  W[~keep] = 0
 
@@ -7,7 +7,7 @@ Everything that can fail comes before the first write.
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -16,11 +16,9 @@ from tqdm import tqdm
 
 from sparsefx.annotations import annotate
 from sparsefx.errors import (
-    EmptyCalibration,
     NonFiniteWeight,
     NothingMatches,
     PatternDoesNotFit,
-    UnknownOption,
 )
 from sparsefx.formats import pack_bits, unpack_bits
 from sparsefx.prune.weights import PrunableWeight, prunable_weights
@@ -29,32 +27,12 @@ from sparsefx.spec import Pattern, Recipe
 M = TypeVar("M", bound=nn.Module)
 
 
-def sparsify(
-    model: M,
-    recipe: Recipe,
-    calibration: Iterable[object] | None = None,
-    *,
-    inplace: bool = False,
-    progress: bool = True,
-) -> M:
-    """Zeroes the weights that `recipe` prunes and annotates the model with what was decided.
+def prune_weights(model: M, recipe: Recipe, *, inplace: bool = False, progress: bool = True) -> M:
+    """The weights part of `sparsefx.sparsify`.
 
-    recipe: its globs are matched against parameter names ("model.layers.0.mlp.up_proj.weight");
-    the first that matches decides. A weight tied to an embedding, and a depthwise convolution, are
-    selected only by a key that equals one of their names: "*" does not prune the embedding.
-    calibration: batches of model inputs for criteria that need data; Magnitude does not, but an
-    empty one is an error all the same (one batch of an iterator is consumed to find out).
-    inplace: change `model` itself instead of a deep copy. progress: show a bar.
-
-    Returns the pruned model; `sparsefx.annotations.annotations` reads what was decided. Masks are
-    deterministic, ties go to the lower index. Memory beyond the copy: one weight and one bit for
-    each pruned element. Raises NothingMatches, PatternDoesNotFit, NonFiniteWeight,
-    EmptyCalibration; `model` is unchanged after any of them.
+    Memory beyond the copy: one weight and one bit for each pruned element. Raises NothingMatches,
+    PatternDoesNotFit, NonFiniteWeight; `model` is unchanged after any of them.
     """
-    if not isinstance(recipe, Recipe):
-        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
-    if calibration is not None and not any(True for _ in calibration):
-        raise EmptyCalibration()
     weights = prunable_weights(model)
     chosen = choose_patterns(weights, recipe, type(model).__name__)
     for name, pattern in chosen.items():

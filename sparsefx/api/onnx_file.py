@@ -1,0 +1,121 @@
+"""export_onnx(): a model as an ONNX file, its sparse weights packed, its attentions thresholded."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import fx, nn
+
+from sparsefx import graph
+from sparsefx.api.plans import check_weights
+from sparsefx.api.sparse_model import check_calibration, decide
+from sparsefx.attention.operators import ATTENTION_OPS
+from sparsefx.attention.wanted import Wanted
+from sparsefx.codegen.onnx.attention_functions import GAINS_NOTHING
+from sparsefx.codegen.onnx.export import ExportFacts, blame
+from sparsefx.codegen.onnx.export import export as write_onnx
+from sparsefx.entry import inferring
+from sparsefx.errors import UnknownOption
+from sparsefx.passes import pipelines
+from sparsefx.pipeline import PassContext, run
+from sparsefx.report import Report
+from sparsefx.spec import Recipe
+
+_TILE = (64, 64)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[object, ...],
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, object] | None = None,
+    dynamic_shapes: graph.DynamicShapes = None,
+    recipe: Recipe | None = None,
+    calibration: Iterable[object] | None = None,
+    form: str = "standard",
+    check: bool = True,
+    opset: int = 20,
+) -> Report:
+    """Writes `model` as an ONNX file with its sparse weights stored packed.
+
+    The model is exported as it is in eval mode, whatever mode it is in, and keeps its mode. args,
+    kwargs, dynamic_shapes: as torch.export takes them (an axis that is to be dynamic needs an
+    example size of 2 or more). recipe, calibration: as in `compile`. form: "standard" has standard
+    operators only; "functions" keeps sparse linears as nodes of the domain "sparsefx", whose bodies
+    are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at the
+    example's shapes and two others; a file that fails is not kept.
+
+    Returns a Report: a row for each candidate layer, and the file's size, nodes and largest
+    difference among its facts (with attention thresholds: from the thresholded graph, which is
+    another function than the dense model). A stock onnxruntime gains file size from packed weights,
+    not time, and nothing from thresholds. Raises
+    UnknownOption, NotExportable, ExportFailed (also when torch.export cannot capture the model with
+    these arguments), OSError, and what `compile` raises on bad weights and recipes.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnknownOption(option="model", value=model, known="an nn.Module")
+    check_weights(model)
+    batches = check_calibration(calibration)
+    pipelines.check_skipped()
+    wanted = Wanted()
+    if recipe is not None:
+        model, wanted = decide(model, recipe, batches, _TILE)
+    kwargs = dict(kwargs or {})
+    started = time.perf_counter()
+    with inferring(model):
+        with blame(Path(path), "torch.export", "Call the model with these arguments first"):
+            gm = graph.capture(model, args, kwargs, dynamic_shapes)
+        ctx = PassContext()
+        run(gm, pipelines.packing(wanted.beside(model)), ctx)
+        seconds = time.perf_counter() - started
+        facts = write_onnx(
+            gm,
+            args,
+            kwargs,
+            Path(path),
+            reference=gm if _is_thresholded(gm) else model,
+            dynamic_shapes=dynamic_shapes,
+            form=form,
+            opset=opset,
+            check=check,
+            progress=True,
+        )
+    return _export_report(model, ctx, facts, seconds)
+
+
+def _is_thresholded(gm: fx.GraphModule) -> bool:
+    """Whether the file is to compute something else than the dense model."""
+    return any(node.target in ATTENTION_OPS for node in gm.graph.nodes)
+
+
+def _export_report(
+    model: nn.Module, ctx: PassContext, facts: ExportFacts, seconds: float
+) -> Report:
+    packed = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
+    why = {"attention": GAINS_NOTHING}
+    stored = {weight.name.removesuffix(".weight"): weight.stored_bytes for weight in facts.weights}
+    rows = [
+        replace(
+            row,
+            reason=row.reason or why.get(row.op, packed),
+            stored_bytes=stored.get(row.name, row.dense_bytes),
+        )
+        for row in ctx.rows.values()
+    ]
+    error = "not checked" if facts.max_abs_error is None else f"{facts.max_abs_error:.3g}"
+    return Report(
+        f"{type(model).__name__} as {facts.path.name}",
+        rows,
+        {
+            "form": facts.form,
+            "opset": str(facts.opset),
+            "bytes": str(facts.bytes),
+            "nodes": str(facts.nodes),
+            "largest |onnxruntime - PyTorch|": error,
+            "input shapes checked": str(len(facts.shapes)),
+            "seconds in capture and passes": f"{seconds:.2f}",
+            "seconds in export": f"{facts.seconds:.2f}",
+        },
+    )

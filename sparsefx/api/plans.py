@@ -1,0 +1,110 @@
+"""What was asked for -> a Plan: the passes to run and who judges their kernels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx import debug
+from sparsefx import guard as guards
+from sparsefx.attention import guard as attention_guards
+from sparsefx.attention.wanted import Wanted
+from sparsefx.attributes import count_nonfinite
+from sparsefx.compiler import Plan, inductor
+from sparsefx.devices import nearest
+from sparsefx.errors import NonFiniteWeight, UnknownOption
+from sparsefx.passes import pipelines
+from sparsefx.passes.apply_recipe import ApplyRecipe
+from sparsefx.passes.lower import Judge
+from sparsefx.passes.lower_attention import AttentionJudge
+from sparsefx.prune.weights import prunable_weights
+from sparsefx.spec import Recipe
+from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering, Target
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to compile: the target, the guard, torch.compile's mode, and Inductor settings."""
+
+    target: Target
+    guard: str
+    mode: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def make_plan(
+    request: Request,
+    wanted: Wanted,
+    recipe: Recipe | None = None,
+    trained: frozenset[str] = frozenset(),
+) -> Plan:
+    """The plan of a compilation.
+
+    wanted: which attentions are to be sparse; recipe: weights to prune on the way; trained: names
+    of parameters whose masks stay with gradients on. Raises UnknownOption, InvalidSetting.
+    """
+    pipelines.check_skipped()
+    judges = pipelines.Judges(_judge(request), _attention_judge(request), request.guard != "off")
+    passes = pipelines.inference(request.target, judges, wanted)
+    if recipe is not None and recipe.weights:
+        passes = (ApplyRecipe(recipe), *passes)
+    patches = {**mode_options(request.mode), **request.settings}
+    train = pipelines.training(trained)
+    return Plan(passes, train, inductor(patches), has_recipe=recipe is not None)
+
+
+def mode_options(mode: str | None) -> dict[str, object]:
+    """Inductor's settings for a mode of torch.compile. Raises UnknownOption."""
+    if not mode:
+        return {}
+    from torch._inductor import list_mode_options  # slow to import, seldom needed
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise UnknownOption(option="mode", value=mode, known=", ".join(modes))
+    return dict(modes[mode])
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises NonFiniteWeight: a pattern is read from the zeros, and NaN hides them."""
+    for name, weight in prunable_weights(model).items():
+        if bad := count_nonfinite(weight.parameter):
+            raise NonFiniteWeight(name=name, count=bad)
+
+
+def _judge(request: Request) -> Judge:
+    cache = debug.settings().cache
+
+    def measured(
+        spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering
+    ) -> guards.Verdict:
+        return guards.measure(spec, weight, bias, lowering, device=weight.device, cache=cache)
+
+    def modelled(
+        spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering
+    ) -> guards.Verdict:
+        return guards.model(spec, _roofline(request.target), cache=cache)
+
+    return measured if request.guard == "measure" else modelled
+
+
+def _attention_judge(request: Request) -> AttentionJudge:
+    cache, target = debug.settings().cache, request.target
+
+    def measured(
+        spec: AttentionSpec, lowering: AttentionLowering
+    ) -> attention_guards.AttentionVerdict:
+        device = torch.device(target.device)
+        return attention_guards.measure(spec, lowering, device=device, cache=cache)
+
+    def modelled(
+        spec: AttentionSpec, lowering: AttentionLowering
+    ) -> attention_guards.AttentionVerdict:
+        return attention_guards.model(spec, _roofline(target), cache=cache)
+
+    return measured if request.guard == "measure" else modelled
+
+
+def _roofline(target: Target) -> str:
+    return target.roofline or nearest(target.device)

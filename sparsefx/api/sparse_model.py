@@ -1,0 +1,125 @@
+"""sparsify(): prune the weights and calibrate the attention thresholds that a recipe asks for."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sparsefx.annotations import annotate_attention
+from sparsefx.api.plans import Request
+from sparsefx.api.runnable import runnable
+from sparsefx.api.target_table import choose_target, device_type
+from sparsefx.attention.spec import SkipSoftmax, default_tile
+from sparsefx.attention.wanted import Wanted
+from sparsefx.calibrate.attention import calibrate_attention
+from sparsefx.errors import EmptyCalibration, MissingCalibration, UnknownOption
+from sparsefx.passes.fuse_attention import FuseAttention
+from sparsefx.prune.sparsify import prune_weights
+from sparsefx.spec import Recipe
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sparsify(
+    model: M,
+    recipe: Recipe,
+    calibration: Iterable[object] | None = None,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+    state: str | Path | None = None,
+) -> M:
+    """Zeroes the weights that `recipe` prunes, calibrates its attentions, and annotates the model.
+
+    recipe: its globs on weights are matched against parameter names
+    ("model.layers.0.mlp.up_proj.weight"); the first that matches decides. A weight tied to an
+    embedding, and a depthwise convolution, are selected only by a key that equals one of their
+    names: "*" does not prune the embedding. Its globs on attention are matched against module names
+    ("model.layers.0.self_attn"). calibration: batches of model inputs (a tensor, a tuple of
+    positional or a dict of keyword arguments); attention thresholds need them, Magnitude does not,
+    but an empty one is an error all the same. inplace: change `model` itself instead of a deep
+    copy. progress: show a bar. state: a file that keeps the attention calibration after each batch,
+    so that a run that was stopped continues.
+
+    Returns the model; `sparsefx.annotations` reads what was decided, `compile` acts on it (eager
+    attention stays dense). Masks and thresholds are deterministic. Raises NothingMatches,
+    PatternDoesNotFit, NonFiniteWeight, EmptyCalibration, MissingCalibration, and
+    what `calibrate_attention` raises; `model` is unchanged after any of them.
+    """
+    if not isinstance(recipe, Recipe):
+        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
+    batches = check_calibration(calibration)
+    check_data(recipe, batches)
+    later = inplace and recipe.attention is not None  # calibration may fail: prune a copy first
+    pruned = prune_weights(model, recipe, inplace=inplace and not later, progress=progress)
+    wanted = calibrated(
+        pruned, recipe, batches, default_tile(device_type(model)), progress=progress, state=state
+    )
+    if later:
+        pruned = prune_weights(model, recipe, inplace=True, progress=False)
+    annotate_attention(pruned, wanted.thresholds)
+    return pruned
+
+
+def decide(
+    model: M, recipe: Recipe, batches: Iterable[object] | None, tile: tuple[int, int]
+) -> tuple[M, Wanted]:
+    """The model pruned as `recipe` says (a copy if it prunes), and the attentions it wants."""
+    if not isinstance(recipe, Recipe):
+        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
+    check_data(recipe, batches)
+    pruned = prune_weights(model, recipe) if recipe.weights else model
+    return pruned, calibrated(pruned, recipe, batches, tile)
+
+
+def check_calibration(calibration: Iterable[object] | None) -> Iterable[object] | None:
+    """The batches, of which none is lost if they come once only. Raises EmptyCalibration."""
+    if calibration is None:
+        return None
+    rest = iter(calibration)
+    first = list(itertools.islice(rest, 1))
+    if not first:
+        raise EmptyCalibration()
+    return itertools.chain(first, rest) if rest is calibration else calibration
+
+
+def check_data(recipe: Recipe, batches: Iterable[object] | None) -> None:
+    """Raises MissingCalibration where a threshold is to be found and there is no data."""
+    for pattern in recipe.attention_patterns():
+        given = isinstance(pattern, SkipSoftmax) and pattern.factors is not None
+        if batches is None and not given:
+            raise MissingCalibration(what=pattern)
+
+
+def calibrated(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Iterable[object] | None,
+    tile: tuple[int, int],
+    *,
+    progress: bool = True,
+    state: str | Path | None = None,
+) -> Wanted:
+    """Which attentions of `model` are to be sparse, calibrated on `batches` if there are any."""
+    if recipe.attention is None or batches is None:
+        return Wanted({}, recipe, tile)
+    found = calibrate_attention(
+        model,
+        recipe,
+        batches,
+        prepare=(FuseAttention(),),
+        tile=tile,
+        state=None if state is None else Path(state),
+        progress=progress,
+        build=lambda found: _without_guard(model, Wanted(found, None, tile)),
+    )
+    return Wanted(found, recipe, tile)
+
+
+def _without_guard(model: M, wanted: Wanted) -> M:
+    """The model with all thresholds at work: a metric is about what it computes, not how fast."""
+    target = choose_target(None, torch.device(device_type(model)))
+    return runnable(model, Request(target, "off"), wanted)

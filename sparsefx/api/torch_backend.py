@@ -1,0 +1,63 @@
+"""The torch.compile backend "sparsefx"."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx
+
+from sparsefx.api.plans import Request, make_plan
+from sparsefx.api.sparse_model import check_data
+from sparsefx.api.target_table import check_guard, choose_target, device_of
+from sparsefx.attention.spec import default_tile
+from sparsefx.attention.wanted import Wanted
+from sparsefx.compiler import Compiler
+from sparsefx.errors import UnknownOption
+from sparsefx.session import Session, continued
+from sparsefx.spec import Recipe
+from sparsefx.variants import Compiled
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Compiled:
+    """The torch.compile backend "sparsefx".
+
+    options: "recipe" (a Recipe), "thresholds" (what `sparsefx.annotations.attention_thresholds`
+    reads from a model that `sparsify` calibrated: a backend is given no data), "guard", "target" as
+    in `compile`, and "inductor", a dict of settings for Inductor. `explain(compiled_model)` works
+    on the result of torch.compile. Raises UnknownOption, UnknownTarget, TargetUnavailable,
+    MissingCalibration (torch wraps them in BackendCompilerFailed).
+    """
+    given = dict(options or {})
+    recipe, guard = given.pop("recipe", None), given.pop("guard", "measure")
+    target, settings = given.pop("target", None), given.pop("inductor", None)
+    thresholds = given.pop("thresholds", None)
+    if given:
+        known = "recipe, thresholds, guard, target, inductor"
+        raise UnknownOption(option="options", value=sorted(given)[0], known=known)
+    chosen = choose_target(target, device_of(example_inputs))
+    check_guard(guard, chosen)
+    asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r} {thresholds!r}"
+    if not isinstance(recipe, Recipe | None):
+        raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
+    wanted = Wanted(_mapping("thresholds", thresholds), recipe, default_tile(chosen.device))
+    if recipe is not None and not wanted.thresholds:
+        check_data(recipe, None)
+    request = Request(chosen, str(guard), mode, _mapping("inductor", settings))
+    plan = make_plan(request, wanted, recipe)
+    session = continued(example_inputs, asked)
+    session = session or Session("torch.compile", chosen.name, str(guard), asked)
+    if recipe is not None:
+        session.globs = tuple(recipe.weights)
+    return Compiler(plan, session)(gm, example_inputs)
+
+
+def _mapping(option: str, value: object) -> Mapping[str, object]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UnknownOption(option=option, value=value, known="a dict")
+    return value
