@@ -58,7 +58,15 @@ def _spread(sparsity: float, tables: Sequence[Tables]) -> Factors:
 
 
 def _cost(table: Tables) -> Tensor:
-    return table.error / table.norm.sum()
+    """Squared output error relative to the layer's own output, [heads, trials].
+
+    Of the costs tried it is the plainest that is near the best. Judged by a second-order estimate
+    of the loss (error times mean squared gradient of each head, on text of SmolLM2 with half of the
+    tiles skipped), where minimising the estimate itself is 1 and needs a backward pass, this comes
+    to 1.21, the relative error behind the output projection to 1.41, lost mass to 1.9, absolute
+    error to 2.4 and one factor for all heads to 3.9.
+    """
+    return table.error / table.norm.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _single(sparsity: float, tables: Sequence[Tables]) -> Factors:

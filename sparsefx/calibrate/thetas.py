@@ -174,9 +174,7 @@ class ThetaStatistics:
         theta, rest = theta.double().masked_fill(~long, 0), rest.double()
         length = count.double()
         sums = torch.stack((torch.ones_like(theta), length, theta, theta.square(), rest)) * long
-        table = self.table[:, heads]
-        table.scatter_add_(2, point.expand_as(sums), sums)
-        self.table[:, heads] = table
+        self.table[:, heads].scatter_add_(2, point.expand_as(sums), sums)
 
     def _measured(self, rows: Rows, limit: Tensor, missing: Tensor) -> Tensor:
         long = rows.count > self.spec.k

@@ -729,11 +729,19 @@ static void add_up(const Decode& call, int64_t b, int64_t h) {
 // Makes weights of the scores of heads h, h + 1, ... of a KV head; lists the keys that have one.
 static void weigh(Decode& call, int64_t b, int64_t h);
 
-static int32_t decode(const Problem& p) {
-    Decode call(p);
-    if (call.none()) return 1;
+// All steps of a KV head in one thread, without waiting for others.
+static void decode_head(Decode& call, int64_t b, int64_t h) {
+    for (int64_t part = 0; part < call.parts; ++part) score_share(call, b, h, part);
+    weigh(call, b, h);
+    const int64_t listed = call.listed[b * call.p.kv_heads + h / call.p.group()];
+    for (int64_t part = 0; part * SHARE < listed; ++part) add_part(call, b, h, part);
+    for (int64_t g = 0; g < call.p.group(); ++g) add_up(call, b, h + g);
+}
+
+// Step by step, the keys of a head dealt out to all threads.
+static void decode_shares(Decode& call) {
+    const Problem& p = call.p;
     const int64_t heads = p.batch * p.kv_heads, group = p.group();
-    for (int64_t i = 0; i < p.batch * p.heads; ++i) load_query(call, i / p.heads, i % p.heads);
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(dynamic)
@@ -752,6 +760,20 @@ static int32_t decode(const Problem& p) {
 #pragma omp for
         for (int64_t i = 0; i < p.batch * p.heads; ++i) add_up(call, i / p.heads, i % p.heads);
     }
+}
+
+static int32_t decode(const Problem& p) {
+    Decode call(p);
+    if (call.none()) return 1;
+    for (int64_t i = 0; i < p.batch * p.heads; ++i) load_query(call, i / p.heads, i % p.heads);
+    const int64_t heads = p.batch * p.kv_heads;
+    if (heads % p.threads && heads < 4 * p.threads) {
+        decode_shares(call);
+        return 0;
+    }
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+    for (int64_t i = 0; i < heads; ++i)
+        decode_head(call, i / p.kv_heads, i % p.kv_heads * p.group());
     return 0;
 }
 
