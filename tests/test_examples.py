@@ -13,7 +13,10 @@ from sparsefx import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 # Examples that are not named here run without flags.
-FLAGS = {"compile_smollm2.py": ["--quick", "--inductor", "--tokens", "4", "--out", "out"]}
+FLAGS = {
+    "compile_smollm2.py": ["--quick", "--inductor", "--tokens", "4", "--out", "out"],
+    "sparse_attention.py": ["--layers", "2", "--length", "512", "--batches", "2"],
+}
 SCRIPTS = sorted(
     path.name for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()
 )
