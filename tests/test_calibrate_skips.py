@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsefx.attention.meaning import kept_tiles, scores, skip_softmax_attention, softmax
 from sparsefx.attention.spec import ORDERS, SkipSoftmax
-from sparsefx.calibrate.skips import SkipStatistics, Tables, decode_rows
+from sparsefx.calibrate.skips import QUERY_TILES, SkipStatistics, Tables, chosen_tiles, decode_rows
 from sparsefx.calibrate.tiles import Call
 from sparsefx.calibrate.trials import longer, trial_factors
 from tests.attention_cases import Sizes, masks, skipping_inputs
@@ -90,7 +90,7 @@ def test_sampled_rows_are_decode_steps_of_their_length(order: str, kind: str) ->
     expected = Tables.empty(found.factors, 4, 2)
     for sample in range(2):
         end = call.keys if call.mask is None else int(call.mask[sample].sum())
-        for row in decode_rows(call):
+        for row in decode_rows(call, range(call.query_tiles)):
             keys = min(row + 1, end)
             step = Call(
                 call.q[sample : sample + 1, :, row : row + 1],
@@ -115,11 +115,43 @@ def test_a_real_decode_call_counts_as_one() -> None:
     assert found.prefill.visible.sum() == 0
 
 
-def test_decode_rows_are_spread_and_at_least_four_tiles_long() -> None:
+def test_observed_tiles_are_a_sample_of_every_stretch() -> None:
+    short = call_of(Sizes(batch=1, queries=250, keys=250), None, True)
+    assert chosen_tiles(short, 1) == list(range(16))
+    long = call_of(Sizes(batch=1, queries=800, keys=800), None, True)
+    samples = [chosen_tiles(long, seed) for seed in range(40)]
+    for tiles in samples:
+        assert len(tiles) == QUERY_TILES and sorted(set(tiles)) == tiles and tiles[-1] < 50
+        assert all(
+            number * 50 // 16 <= tile <= (number + 1) * 50 // 16
+            for number, tile in enumerate(tiles)
+        )
+    assert {tile for tiles in samples for tile in tiles} == set(range(50))
+
+
+def test_a_sample_tells_what_all_tiles_tell() -> None:
+    """Sums over a quarter of the tiles of many calls, against those over all of them."""
+    sizes = Sizes(batch=1, heads=2, kv_heads=1, queries=1024, keys=1024)
+    spec = SkipSoftmax(sparsity=0.5)
+    sampled, whole = (SkipStatistics.empty(spec, 2, 1, TILE) for _ in range(2))
+    call = call_of(sizes, None, is_causal=True)
+    for _ in range(24):
+        sampled.add(call)
+    brute = brute_force(call, spec.order, sampled.prefill.factors)
+    whole.prefill = brute
+    for table in ("skipped", "error", "lost"):
+        shares = [
+            getattr(each.prefill, table) / each.prefill.rows[:, None] for each in (sampled, whole)
+        ]
+        middle = shares[1][:, -8:-2]
+        assert float(((shares[0][:, -8:-2] - middle) / middle).abs().max()) < 0.1, table
+
+
+def test_decode_steps_are_at_least_four_tiles_long() -> None:
     long = call_of(Sizes(batch=1, queries=300, keys=300), None, True)
-    rows = decode_rows(long)
-    assert len(rows) <= 32 and max(rows) == 299 and min(rows) >= 4 * TILE[1] - 1
-    assert not decode_rows(call_of(Sizes(queries=1, keys=63), None, False))
+    rows = decode_rows(long, range(long.query_tiles))
+    assert max(rows) == 299 and min(rows) == 4 * TILE[1] - 1
+    assert not decode_rows(call_of(Sizes(queries=1, keys=63), None, False), [0])
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -12,7 +12,7 @@ a sum over the skipped tiles alone, so that small errors do not drown in roundin
 L and U; each adds one row to a small matrix product.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,7 +24,8 @@ from sparsefx.calibrate.tiles import Band, Call
 from sparsefx.calibrate.trials import longer
 
 LEAST_TILES = 4
-DECODE_ROWS = 32
+QUERY_TILES = 16
+"""Query tiles of a head that are observed in a call."""
 _NEVER = float("-inf")
 _NOTHING = 1e-17  # of a row's largest weight: lost in rounding, and its square would be subnormal
 
@@ -171,11 +172,26 @@ def _effect(skip: Tensor, sums: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.linalg.vector_norm(moved, dim=-1) / kept).square(), lost / (lost + kept)
 
 
-def decode_rows(call: Call) -> range:
-    """The queries of a call that stand for decode steps: the later ones, evenly spread."""
-    first = max(LEAST_TILES * call.tile[1] - (call.keys - call.queries), 1) - 1
-    step = max(-(-(call.queries - first) // DECODE_ROWS), 1)
-    return range(call.queries - 1, first - 1, -step)
+def chosen_tiles(call: Call, seed: int) -> list[int]:
+    """The query tiles of a call that are observed: one at random of each of 16 equal stretches.
+
+    A sample of all lengths, so that the cost of a call grows with its keys and not their square.
+    """
+    stretches = min(call.query_tiles, QUERY_TILES)
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(stretches, generator=generator).tolist()
+    ends = [number * call.query_tiles // max(stretches, 1) for number in range(stretches + 1)]
+    return [
+        start + int(place * (end - start))
+        for start, end, place in zip(ends, ends[1:], places, strict=False)
+    ]
+
+
+def decode_rows(call: Call, query_tiles: Sequence[int]) -> list[int]:
+    """The queries of a call that stand for decode steps: the last of each tile, if long enough."""
+    last = [min((tile + 1) * call.tile[0], call.queries) - 1 for tile in query_tiles]
+    shortest = LEAST_TILES * call.tile[1]
+    return [row for row in last if row + 1 + call.keys - call.queries >= shortest]
 
 
 @dataclass
@@ -209,14 +225,15 @@ class SkipStatistics:
             tables.move(call.q.device)
         if not self.fixed:
             self._reach(call.keys)
-        sampled = decode_rows(call)
-        for band in call.bands():
+        seen = self.prefill.rows.sum() + self.decode.rows.sum()  # another sample at each call
+        tiles = chosen_tiles(call, int(seen))
+        sampled = decode_rows(call, tiles)
+        for band in call.bands(tiles):
             parts = Parts.of(band, self.order)
             if call.queries > 1:
                 add_prefill(self.prefill, band, parts, call.keys)
-            for row in range(len(band.rows)):
-                if band.rows[row] in sampled:
-                    add_decode(self.decode, band, parts, row)
+            if band.rows[-1] in sampled:
+                add_decode(self.decode, band, parts, len(band.rows) - 1)
         fewest, most = self.keys
         self.keys = (min(fewest or call.keys, call.keys), max(most, call.keys))
         return all(bool(each.norm.isfinite().all()) for each in (self.prefill, self.decode))

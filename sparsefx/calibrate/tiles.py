@@ -1,6 +1,6 @@
 """One dense attention cut into bands: a query tile of one KV head's heads, and the keys it sees."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +57,17 @@ class Call:
         """Number of keys."""
         return self.k.shape[-2]
 
-    def bands(self) -> Iterator[Band]:
-        """Every band in which a row sees a key: memory is that of one, whatever the length."""
+    @property
+    def query_tiles(self) -> int:
+        """Number of query tiles of a head."""
+        return -(-self.queries // self.tile[0])
+
+    def bands(self, query_tiles: Sequence[int] | None = None) -> Iterator[Band]:
+        """Every band in which a row sees a key: memory is that of one, whatever the length.
+
+        query_tiles: only these, by number.
+        """
+        wanted = range(self.query_tiles) if query_tiles is None else query_tiles
         group = self.q.shape[1] // self.k.shape[1]
         for sample in range(self.q.shape[0]):
             for kv_head in range(self.k.shape[1]):
@@ -66,7 +75,8 @@ class Call:
                 k = _padded(wide(self.k[sample, kv_head]), self.tile[1])
                 v = _padded(wide(self.v[sample, kv_head]), self.tile[1])
                 v = v.unflatten(0, (-1, self.tile[1]))
-                for start in range(0, self.queries, self.tile[0]):
+                for number in wanted:
+                    start = number * self.tile[0]
                     rows = range(start, min(start + self.tile[0], self.queries))
                     yield from self._band(sample, heads, rows, k, v)
 
