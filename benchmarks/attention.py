@@ -80,7 +80,7 @@ class Work:
             batch=self.batch,
             queries=1 if self.phase == "decode" else self.keys,
             keys=self.keys,
-            vary=False,
+            vary=True,
             sparsity=self.skipped,
         )
 

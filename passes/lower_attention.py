@@ -9,15 +9,18 @@ operator runs dense attention, decided at each call, so that one graph serves ev
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import Argument
 
 from sparsefx import dump
 from sparsefx.attention.guard import AttentionVerdict
 from sparsefx.attention.operators import ATTENTION_OPS, SKIP_SOFTMAX
 from sparsefx.errors import KernelBuildFailed
+from sparsefx.passes.grouped_heads import for_dense
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Site, arguments, erase
 from sparsefx.shapes import hint, varies
@@ -61,16 +64,16 @@ class SparseAttention:
     @property
     def values(self) -> dict[str, object]:
         """Its arguments by name."""
-        schema = self.node.target._schema.arguments  # type: ignore[union-attr]  # an overload
-        names = [argument.name for argument in schema]
+        assert isinstance(self.node.target, OpOverload)
+        names = [argument.name for argument in self.node.target._schema.arguments]
         return dict(zip(names, arguments(self.node), strict=True))
 
     @property
     def method(self) -> str:
-        """ "skip_softmax", "theta" or "block"."""
-        return (
-            str(self.node.target._schema.name).removeprefix("sparsefx::").removesuffix("_attention")
-        )  # type: ignore[union-attr]
+        """Which of them: "skip_softmax", "theta" or "block"."""
+        assert isinstance(self.node.target, OpOverload)
+        name = str(self.node.target._schema.name)
+        return name.removeprefix("sparsefx::").removesuffix("_attention")
 
     def spec(self) -> AttentionSpec:
         """What kernels may know of it."""
@@ -79,6 +82,7 @@ class SparseAttention:
         sizes = (q.shape[0], q.shape[2], k.shape[2])
         is_skip = self.node.target is SKIP_SOFTMAX
         options = ("topk", "placement", "denominator", "v_mean")
+        tile = (values.get("block_q", 0), values.get("block_k", 0))
         is_decode = not varies(sizes[1]) and hint(sizes[1]) == 1
         return AttentionSpec(
             method=self.method,
@@ -90,7 +94,7 @@ class SparseAttention:
             mask=_mask_kind(values["mask"]),
             is_causal=bool(values["is_causal"]),
             window=int(values["window"]),  # type: ignore[call-overload]
-            tile=(0, 0) if self.method == "theta" else (values["block_q"], values["block_k"]),  # type: ignore[arg-type]
+            tile=tile,  # type: ignore[arg-type]  # the schema says that they are ints
             order=str(values["order"]) if is_skip else "",
             options=tuple(str(values[name]) for name in options if name in values),
             batch=hint(sizes[0]),
@@ -167,30 +171,14 @@ def _kernel_call(found: SparseAttention, lowering: AttentionLowering, below: int
 
 
 def dense_form(found: SparseAttention) -> fx.Node:
-    """The node as dense attention. The passes never make one with a window of its own.
-
-    With a mask and grouped K and V, the heads are repeated: torch's fast backends on CUDA take a
-    mask or groups, not both.
-    """
+    """The node as dense attention. The passes never make one with a window of its own."""
     values = found.values
     site = Site(found.gm, found.node, "lower_attention")
-    q, k, v, mask = (values[name] for name in ("q", "k", "v", "mask"))
-    heads, kv_heads = (hint(_value(each).shape[1]) for each in (q, k))
-    grouped = heads != kv_heads
-    if grouped and mask is not None:
-        k, v = (_repeated(site, each, heads // kv_heads) for each in (k, v))
-        grouped = False
-    operands: tuple[Argument, ...] = (q, k, v, mask, 0.0, values["is_causal"])  # type: ignore[assignment]
-    node = site.call(aten.scaled_dot_product_attention.default, *operands)
-    node.kwargs = {"scale": values["scale"], "enable_gqa": grouped}  # type: ignore[dict-item]
-    return node
-
-
-def _repeated(site: Site, heads: object, times: int) -> fx.Node:
-    assert isinstance(heads, fx.Node)
-    node = site.call(aten.repeat_interleave.self_int, heads, times, 1)
-    node.meta.pop("sparsefx_row", None)
-    node.meta["val"] = _value(heads).repeat_interleave(times, 1)
+    q, k, v = (cast(fx.Node, values[name]) for name in ("q", "k", "v"))
+    mask, is_causal = cast(tuple[Argument, bool], (values["mask"], values["is_causal"]))
+    k, v, grouped = for_dense(site, q, k, v, mask is not None)
+    node = site.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, is_causal)
+    node.kwargs = {"scale": cast(float, values["scale"]), "enable_gqa": grouped}
     return node
 
 

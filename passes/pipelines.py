@@ -58,9 +58,9 @@ def thresholding(wanted: Wanted) -> tuple[Pass, ...]:
     return (FuseAttention(), ThresholdSoftmax(wanted)) if wanted else ()
 
 
-def training(trained: frozenset[str]) -> tuple[Pass, ...]:
+def training(trained: frozenset[str], wanted: Wanted = DENSE) -> tuple[Pass, ...]:
     """With gradients: the weights named in `trained` get masks and stay trainable."""
-    return (Detect(), InsertMasks(only=trained))
+    return (Detect(attention=bool(wanted)), InsertMasks(only=trained))
 
 
 def check_skipped() -> None:

@@ -20,9 +20,12 @@ from sparsefx.attention.thresholds import AttentionThresholds, SkipThresholds, T
 from sparsefx.attention.wanted import Wanted
 from sparsefx.passes.attention_build import Builder
 from sparsefx.passes.detect import NOT_ASKED
+from sparsefx.passes.grouped_heads import for_dense
 from sparsefx.pipeline import PassContext
-from sparsefx.rewrite import Decline, Site, erase
+from sparsefx.rewrite import Decline, Site, arguments, erase
 
+NO_THRESHOLDS = "attention: no thresholds were calibrated for it"
+LEFT_DENSE = "attention: the recipe leaves it dense"
 _NO_WINDOW = 0  # a model's own sliding window is in its mask
 
 
@@ -41,6 +44,7 @@ class ThresholdSoftmax:
             sparse = self._rewritten(Site(gm, node, self.name), found, ctx)
             if isinstance(sparse, Decline):
                 ctx.decline(node, sparse.reason)
+                _as_written(Site(gm, node, self.name))
             else:
                 count += 1
         return count
@@ -54,7 +58,7 @@ class ThresholdSoftmax:
             return found
         thresholds = self.wanted.of(found.name, found.heads)
         if thresholds is None:
-            return Decline("attention: no thresholds were calibrated for it")
+            return Decline(LEFT_DENSE if self.wanted.leaves(found.name) else NO_THRESHOLDS)
         node = _sparse(site, found, thresholds)
         node.meta["sparsefx_calibrated_keys"] = thresholds.keys[1]
         if "sparsefx_row" in node.meta:
@@ -65,6 +69,18 @@ class ThresholdSoftmax:
         site.root.replace_all_uses_with(node)
         erase(site.gm, site.root)
         return node
+
+
+def _as_written(site: Site) -> None:
+    """Undoes, where it would be slower dense, that `fuse_attention` grouped repeated heads."""
+    q, k, v, mask, *_ = arguments(site.root)
+    if site.root.meta.get("sparsefx") != "fuse_attention" or not site.root.kwargs.get("enable_gqa"):
+        return
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    *kv, grouped = for_dense(site, q, k, v, mask is not None)
+    if not grouped:
+        site.root.args = (q, *kv, *site.root.args[3:])
+        site.root.kwargs = {**site.root.kwargs, "enable_gqa": False}
 
 
 def _sparse(site: Site, found: AttentionSite, thresholds: AttentionThresholds) -> fx.Node:

@@ -33,4 +33,9 @@ def attention_thresholds(model: nn.Module) -> dict[str, AttentionThresholds]:
 
 def annotate_attention(model: nn.Module, found: Mapping[str, AttentionThresholds]) -> None:
     """Adds thresholds of attentions to the model's annotations; later ones win."""
-    setattr(model, _THRESHOLDS, {**attention_thresholds(model), **found})
+    replace_attention(model, {**attention_thresholds(model), **found})
+
+
+def replace_attention(model: nn.Module, found: Mapping[str, AttentionThresholds]) -> None:
+    """Makes `found` all that the model's annotations say of attention."""
+    setattr(model, _THRESHOLDS, dict(found))

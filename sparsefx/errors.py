@@ -243,7 +243,9 @@ class AttentionNotFound(NothingMatches):
 
     message = (
         "recipe key {key!r} matches no attention of {model} that thresholds may be laid on; "
-        "those are, for example: {examples}. Correct the glob or remove the key"
+        "those are, for example: {examples}. Correct the glob or remove the key. Attention inside "
+        "one operator, or in a layer that breaks Dynamo's graph, is not among them, nor is "
+        "cross-attention: `explain` of the model compiled without a recipe lists each with a reason"
     )
 
 

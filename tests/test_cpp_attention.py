@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsefx.codegen.cpp.attention import call
 from sparsefx.codegen.cpp.attention.call import run_counted
 from tests.cpp_attention_cases import ISAS, LENGTHS, SEEN, Case, replaced, strided, widened
 
@@ -75,6 +76,19 @@ def test_a_float_mask_of_another_type_is_not_rounded() -> None:
     case.check_given(replaced(no_skips, 3, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_expanded_float_mask_is_converted_once(dtype: torch.dtype) -> None:
+    case = Case("skip_softmax", mask="float")
+    given = case.arguments(70, 150, True, 0)
+    bias = torch.linspace(0, 1, 70 * 150).view(1, 1, 70, 150).to(dtype)
+    no_skips = replaced(replaced(given, 4, torch.zeros(6)), 5, torch.zeros(6))
+    for mask in (bias.expand(2, 6, 70, 150), bias[..., :1].expand(2, 1, 70, 150), bias[0, 0]):
+        case.check_given(replaced(no_skips, 3, mask))
+        once = call._in_float32(mask)
+        assert torch.equal(once, mask.float())
+        assert once.untyped_storage().nbytes() <= 4 * bias.numel()
+
+
 @pytest.mark.parametrize("isa_name", ISAS)
 @pytest.mark.parametrize("queries", [1, 70])
 def test_rows_that_see_nothing_are_zero(queries: int, isa_name: str) -> None:
@@ -117,6 +131,38 @@ def test_nan_stays_where_dense_has_it(queries: int, method: str, isa_name: str) 
     assert got.isnan().any() and not got.isnan().all()
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5, equal_nan=True)
     assert torch.equal(counted, case.kept(given).sum(-1).int())
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_hidden_keys_stay_hidden_whatever_the_mask_adds(
+    bias: float, queries: int, isa_name: str
+) -> None:
+    case = replace(CASES[3], isa=isa_name)
+    for is_causal, window in ((True, 40), (queries > 1, 0)):
+        given = case.arguments(queries, 150, is_causal, window)
+        mask = given[3]
+        assert isinstance(mask, Tensor)
+        mask[..., 100] = bias  # in the window of some queries, hidden from the others
+        low = case.lower()
+        got, want = low.op(*given, 0, 0, low.handle), case.meaning(given)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5, equal_nan=True)
+        assert not got.isnan().all() or not window
+        assert got.isnan().any() or queries == 1
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_factors_without_a_logarithm_skip_nothing(queries: int) -> None:
+    case = CASES[0]
+    given = case.arguments(queries, 333, True, 0)
+    odd = torch.tensor([float("nan"), 1e9, 1e9, -1.0, 1e9, 1e9])
+    given = replaced(replaced(given, 4, odd), 5, odd)
+    case.check_given(given)
+    low = case.lower()
+    _, counted = run_counted(low.op, *given, 0, 0, low.handle)
+    free = replaced(replaced(given, 4, torch.zeros(6)), 5, torch.zeros(6))
+    assert torch.equal(counted[:, [0, 3]], case.kept(free).sum(-1).int()[:, [0, 3]])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (1, 0, 3), (1, 3, 0), (1, 1, 0)], ids=str)

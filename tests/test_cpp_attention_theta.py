@@ -120,6 +120,47 @@ def test_nan_stays_where_dense_has_it(queries: int, isa_name: str) -> None:
     assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
 
 
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_nothing_exceeds_a_threshold_that_is_nan(
+    placement: str, queries: int, isa_name: str
+) -> None:
+    case = Case("theta", isa=isa_name)
+    given = _arguments(case, queries, 150, (True, 0), (placement, "none", False))
+    theta = given[5]
+    assert isinstance(theta, Tensor)
+    theta[1], theta[4] = float("nan"), float("inf")
+    _check(case, given)
+    low = case.lower()
+    _, counted = run_counted(low.op, *given, 0, 0, low.handle)
+    assert not counted[:, [1, 4]].any() and counted[:, 0].any()
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_whose_softmax_is_nan_are_nan(
+    options: tuple[str, str, bool], queries: int, isa_name: str
+) -> None:
+    case = replace(CASES[2], isa=isa_name)
+    given = _arguments(case, queries, 150, (True, 40), options)
+    mask, theta = given[3], given[5]
+    assert isinstance(mask, Tensor) and isinstance(theta, Tensor)
+    mask[0, 0, :, 100], mask[0, 1, :, 130] = float("inf"), float("nan")
+    mask[1, 2, queries // 2, 120], theta[2] = float("inf"), float("nan")
+    low = case.lower()
+    got, want = low.op(*given, 0, 0, low.handle), case.meaning(given)
+    q, k, _, seen, *rest = widened(given)
+    dense = meaning.softmax(meaning.scores(q, k, seen, *rest[3:6]))  # type: ignore[arg-type]
+    spoilt = dense.isnan().any(-1)
+    assert spoilt.any() and not spoilt.all()
+    finite = want.isfinite().all(-1)
+    assert torch.equal(got.isnan().all(-1)[spoilt], spoilt[spoilt])
+    assert torch.equal(got.isfinite().all(-1), finite) and not finite[spoilt].any()
+    torch.testing.assert_close(got[finite].double(), want[finite], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("queries", [1, 70])
 def test_rows_that_see_nothing_are_zero(queries: int) -> None:
     case = CASES[1]

@@ -1,21 +1,27 @@
 """From a spec to a library on disk: the text, the cache, other processes, and what can go wrong."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from sparsefx.codegen.cpp import CppLinear, build, call, emit, isa
-from sparsefx.errors import KernelBuildFailed
+from sparsefx.codegen.cpp.attention import call as attention_call
+from sparsefx.codegen.cpp.attention import emit as attention_emit
+from sparsefx.errors import KernelBuildFailed, KernelNotFound
 from sparsefx.formats import pack_bitmap, pack_nm
 from sparsefx.target import LinearSpec, Lowering
+from tests.cpp_attention_cases import Case
 from tests.golden import assert_golden
 
 _WEIGHT = torch.tensor([[1.0, 0, 0, 2], [0, 3, 4, 0]])
+_ATTENTION = Case("block", "portable")
 
 
 def _spec(epilogue: str = "", layout: str = "nm") -> LinearSpec:
@@ -49,6 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "_private_folder", lambda: private)
     call.load.cache_clear()
+    attention_call.load.cache_clear()
     return tmp_path / "cache" / "cpp"
 
 
@@ -83,7 +90,8 @@ def test_second_build_is_a_hit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert _lower().handle == first.handle
     assert library.stat().st_mtime_ns == written
     assert _run(first) == [13.0, 27.0]
-    assert sorted(path.name for path in cache.iterdir()) == [source.name, library.name]
+    names = {source.name, library.name, f"{first.handle}.sha256"}
+    assert {path.name for path in cache.iterdir()} == names
 
 
 def test_handle_depends_on_text_and_flags(cache: Path) -> None:
@@ -144,13 +152,119 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         _lower()
 
 
-def test_a_damaged_library_is_built_again(cache: Path) -> None:
-    text = emit.source(_spec(), isa.PORTABLE)
-    handle, path = build.build("nm_2_4_float_portable", text, ())
-    path.write_bytes(b"")
+def _shortened(library: Path) -> None:
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def _zeroed(library: Path) -> None:
+    """Nothing where an ELF file has its header and program headers."""
+    with library.open("r+b") as file:
+        file.write(bytes(64 + 56 * 12))
+
+
+def _headless(library: Path) -> None:
+    """Nothing where an ELF file has its program headers."""
+    with library.open("r+b") as file:
+        file.seek(64)
+        file.write(bytes(56 * 12))
+
+
+def _is_text(library: Path) -> None:
+    library.write_text("not a library")
+
+
+def _emptied(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def _without_hash(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+def _in_the_way(library: Path) -> None:
+    library.unlink()
+    library.mkdir()
+
+
+_DAMAGES = [_shortened, _zeroed, _headless, _is_text, _emptied, _without_hash]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a linear and an attention kernel that no process has loaded from there."""
+    folder = tmp_path_factory.mktemp("stored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEFX_CACHE", str(folder))
+        build.build("nm_2_4_float_portable", emit.source(_spec(), isa.PORTABLE), ())
+        text = attention_emit.source(_ATTENTION.spec(), isa.PORTABLE)
+        build.build("block_float_portable", text, ())
+    return folder
+
+
+def _take(stored: Path, cache: Path, kernel: str) -> Path:
+    """A copy of the stored cache in place of the empty one: where the library of a kernel lies."""
+    shutil.copytree(stored / "cpp", cache)
+    (library,) = cache.glob(f"{kernel}*.so")
+    return library
+
+
+@pytest.mark.parametrize("damage", [*_DAMAGES, _in_the_way])
+def test_a_damaged_library_is_built_again(
+    cache: Path, stored: Path, damage: Callable[[Path], None]
+) -> None:
+    library = _take(stored, cache, "nm")
+    damage(library)
+    assert build.library(library.stem) is None
     low = _lower()
-    assert low.handle == handle and path.stat().st_size
+    assert low.handle == library.stem and build.library(low.handle) is not None
     assert _run(low) == [13.0, 27.0]
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_a_damaged_library_is_not_called(
+    cache: Path, stored: Path, damage: Callable[[Path], None]
+) -> None:
+    library = _take(stored, cache, "nm")
+    damage(library)
+    tensors = (torch.ones(4), *pack_nm(_WEIGHT, 2, 4), torch.ones(2), [])
+    with pytest.raises(KernelNotFound, match=library.stem):
+        torch.ops.sparsefx_cpp.nm_linear(*tensors, library.stem)
+    library = next(cache.glob("block*.so"))
+    damage(library)
+    given = (*_ATTENTION.arguments(3, 5, True, 0), 0, 0)
+    with pytest.raises(KernelNotFound, match=library.stem):
+        torch.ops.sparsefx_cpp.block_attention(*given, library.stem)
+
+
+def test_a_damaged_attention_is_built_again(cache: Path, stored: Path) -> None:
+    library = _take(stored, cache, "block")
+    _shortened(library)
+    _ATTENTION.check(3, 5, True, 0)
+    assert build.library(library.stem) == library
+
+
+def test_a_whole_library_that_does_not_load_is_built_again(cache: Path, stored: Path) -> None:
+    library = _take(stored, cache, "nm")
+    library.write_bytes(b"linked where there were other system libraries")
+    library.with_suffix(".sha256").write_bytes(build._hash(library.read_bytes()))
+    assert build.library(library.stem) == library
+    with pytest.raises(KernelNotFound, match=library.stem):
+        call.load(library.stem)
+    assert _run(_lower()) == [13.0, 27.0]
+
+
+def test_a_library_of_another_kind_is_not_called(cache: Path, stored: Path) -> None:
+    library = _take(stored, cache, "block")
+    with pytest.raises(KernelNotFound, match=library.stem):
+        call.load(library.stem)
+
+
+def test_a_kernel_is_the_same_bytes_each_time(cache: Path, stored: Path) -> None:
+    before = _take(stored, cache, "nm").read_bytes()
+    shutil.rmtree(cache)
+    low = _lower()
+    path = build.library(low.handle)
+    assert path is not None and path.read_bytes() == before
 
 
 _CHILD = """

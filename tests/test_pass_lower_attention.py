@@ -1,6 +1,5 @@
 """Sparse attentions go to kernels that win, from the length on at which they win."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +11,9 @@ from sparsefx.attention.thresholds import SkipThresholds
 from sparsefx.attention.wanted import Wanted
 from sparsefx.compiler import Compiler, Plan
 from sparsefx.passes import pipelines
+from sparsefx.passes.grouped_heads import for_dense
 from sparsefx.report import Row
+from sparsefx.rewrite import Site
 from sparsefx.session import Session
 from sparsefx.target import AttentionLowering, AttentionSpec, Target
 from tests.compilers import accept, accept_attention, refuse_attention, run_graph
@@ -155,33 +156,22 @@ def test_a_longer_row_than_calibrated_warns_once() -> None:
     fast(torch.randn(1, 230, 32))  # a second warning would be an error here
 
 
-@torch.no_grad()
-def test_a_masked_attention_that_stays_dense_repeats_its_heads_again() -> None:
-    """torch's fast CUDA backends take a mask or groups, not both: no slower than it was."""
+def test_a_masked_attention_that_stays_dense_on_cuda_repeats_its_heads_again() -> None:
+    """Its fast backends take a mask or groups, not both: no slower than it was written."""
+    mode = torch._subclasses.FakeTensorMode()
 
-    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        k, v = (each[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for each in (k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def value(device: str, *shape: int) -> Tensor:
+        with mode:
+            return torch.empty(shape, device=device)
 
-    class Masked(nn.Module):
-        def forward(self, *operands: Tensor) -> Tensor:
-            return masked(*operands)
-
-    seen: list[fx.GraphModule] = []
-
-    def emit(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
-        seen.append(gm)
-        return gm
-
-    torch._dynamo.reset()
-    judges = pipelines.Judges(accept, refuse_attention, True)
-    wanted = Wanted({"attention": KNOWN})
-    plan = Plan(pipelines.inference(plain(), judges, wanted), (), emit=emit)
-    compiler = Compiler(plan, Session("model", "cpu", "test"))
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
-    mask = torch.ones(40, 40, dtype=torch.bool).tril()
-    result = torch.compile(Masked(), backend=compiler)(q, k, v, mask)
-    torch.testing.assert_close(result, masked(q, k, v, mask))
-    targets = [str(node.target) for node in seen[0].graph.nodes]
-    assert targets.count("aten.repeat_interleave.self_int") == 2, targets
+    for device, masked, calls in (("cuda", True, 2), ("cuda", False, 0), ("cpu", True, 0)):
+        graph = fx.Graph()
+        q, k, v = (graph.placeholder(name) for name in "qkv")
+        for node, heads in ((q, 4), (k, 2), (v, 2)):
+            node.meta["val"] = value(device, 1, heads, 40, 8)
+        root = graph.output(q)
+        site = Site(fx.GraphModule({}, graph), root, "test")
+        new_k, _, grouped = for_dense(site, q, k, v, masked)
+        assert grouped is (calls == 0)
+        assert new_k.meta["val"].shape[1] == (4 if calls else 2)
+        assert len([node for node in graph.nodes if node.op == "call_function"]) == calls

@@ -1,6 +1,7 @@
 """Handles, text, operators and refusals of the Triton attention kernels with many queries."""
 
 import ast
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from sparsefx.attention import meaning
+from sparsefx.attention.operators import SKIP_SOFTMAX
 from sparsefx.attention.route import BeyondCalibration
 from sparsefx.codegen.triton import ptx
 from sparsefx.codegen.triton.attention import launch
@@ -17,7 +19,7 @@ from sparsefx.codegen.triton.attention.kernels import (
     TritonBlock,
     TritonSkipPrefill,
 )
-from sparsefx.codegen.triton.attention.variant import AttentionVariant
+from sparsefx.codegen.triton.attention.variant import LARGEST_GROUP, AttentionVariant
 from sparsefx.errors import DtypeMismatch, InvalidHandle, ShapeMismatch
 from sparsefx.target import AttentionLowering
 from tests.attention_cases import Sizes
@@ -78,11 +80,38 @@ def test_a_short_call_is_dense_and_a_long_one_warns() -> None:
         op(*arguments(CASE, calibrated=19))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_the_kernel_does_not_run_is_the_meaning(dtype: torch.dtype) -> None:
-    """One query; and bfloat16 on CPU, which Triton's interpreter gets wrong."""
-    queries = 1 if dtype == torch.float32 else 20
-    case = replace(CASE, sizes=replace(CASE.sizes, queries=queries), dtype=dtype)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"mask": "bool", "window": 120}, {"mask": "float", "order": "ascending"}],
+)
+def test_one_query_goes_to_the_kernels_of_one_query(
+    change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, queries=1, keys=150, dim=16)
+    case = replace(CASE, sizes=sizes, **change)  # type: ignore[arg-type]
+    given = list(arguments(case))
+    given[4] = torch.full((4,), torch.nan)  # the factors of more queries
+    with monkeypatch.context() as patch:
+        patch.delattr(meaning, "skip_softmax_attention")
+        result = lowered(case).op(*given)
+    wide = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given
+    ]
+    expected = SKIP_SOFTMAX(*wide[:-3])
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-6)
+    wide[5] = torch.zeros(4)  # keeps all tiles
+    assert (SKIP_SOFTMAX(*wide[:-3]) - expected).abs().max() > 1e-3
+    with pytest.raises(ShapeMismatch, match="factor has shape"):
+        lowered(case).op(*replaced(given, 5, torch.ones(3)))
+
+
+CROWD = replace(CASE.sizes, heads=LARGEST_GROUP + 1, queries=1)
+
+
+@pytest.mark.parametrize("change", [{"sizes": CROWD}, {"dtype": torch.bfloat16}], ids=str)
+def test_what_no_kernel_runs_is_the_meaning(change: dict[str, object]) -> None:
+    """One query of many heads; and bfloat16 on CPU, which Triton's interpreter gets wrong."""
+    case = replace(CASE, **change)  # type: ignore[arg-type]
     given = arguments(case)
     expected = meaning.skip_softmax_attention(*given[:-3])  # type: ignore[arg-type]
     assert torch.equal(lowered(case).op(*given), expected)
@@ -95,8 +124,6 @@ def test_the_block_operator() -> None:
     seen = (True, CASE.scale, 0, *CASE.tile, 0, 0, lowering.handle)
     with fast():
         CASE.check(lowering.op(q, k, v, None, keep, *seen), q, k, v, None, keep)
-    with pytest.raises(ShapeMismatch, match="keep"):
-        lowering.op(q, k, v, None, keep[..., :1], *seen)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +145,63 @@ def test_a_call_of_another_kind_is_refused(
     other = replace(CASE, **change)  # type: ignore[arg-type]
     with pytest.raises(error):
         lowered().op(*arguments(other, handle=lowered().handle))
+
+
+def replaced(given: Sequence[object], index: int, value: object) -> list[object]:
+    return [*given[:index], value, *given[index + 1 :]]
+
+
+# what kernels would read or write beyond its end
+MALFORMED = [
+    (0, torch.zeros(2, 20, 16), "q has shape"),
+    (0, torch.zeros(1, 2, 20, 16), "k has shape"),
+    (0, torch.zeros(2, 3, 20, 16), "k has shape"),
+    (1, torch.zeros(1, 1, 20, 16), "k has shape"),
+    (1, torch.zeros(1, 20, 16), "k has shape"),
+    (2, torch.zeros(2, 1, 19, 16), "v has shape"),
+    (2, torch.zeros(2, 2, 20, 16), "v has shape"),
+    (2, torch.zeros(1, 1, 20, 16), "v has shape"),
+    (2, torch.zeros(2, 1, 20, 15), "v has shape"),
+    (3, torch.ones(2, 1, 20, 19, dtype=torch.bool), "mask has shape"),
+    (3, torch.ones(3, 1, 20, 20, dtype=torch.bool), "mask has shape"),
+    (3, torch.ones(1, 2, 1, 20, 20, dtype=torch.bool), "mask has shape"),
+]
+PAIR = replace(CASE, sizes=replace(CASE.sizes, batch=2), mask="bool")
+
+
+@pytest.mark.parametrize(("index", "value", "rule"), MALFORMED)
+def test_malformed_operands_are_refused(index: int, value: object, rule: str) -> None:
+    given = arguments(PAIR)
+    with pytest.raises(ShapeMismatch, match=rule):
+        lowered(PAIR).op(*replaced(given, index, value))
+    block = TritonBlock().lower(PAIR.spec("block"))
+    seen = (True, PAIR.scale, 0, *PAIR.tile, 0, 0, block.handle)
+    keep = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    with pytest.raises(ShapeMismatch, match=rule):
+        block.op(*replaced((*given[:4], keep), index, value), *seen)
+
+
+@pytest.mark.parametrize("factor", [torch.zeros(3), torch.zeros(1), torch.zeros(1, 2)])
+def test_other_factors_are_refused(factor: torch.Tensor) -> None:
+    with pytest.raises(ShapeMismatch, match="factor has shape"):
+        lowered().op(*replaced(arguments(CASE), 4, factor))
+
+
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        (torch.ones(1, 1, 2, 1, dtype=torch.bool), ShapeMismatch),
+        (torch.ones(1, 1, 3, 2, dtype=torch.bool), ShapeMismatch),
+        (torch.ones(2, 1, 2, 2, dtype=torch.bool), ShapeMismatch),
+        (torch.ones(2, 2, dtype=torch.bool), ShapeMismatch),
+        (torch.ones(1, 1, 2, 2, dtype=torch.uint8), DtypeMismatch),
+    ],
+)
+def test_other_maps_are_refused(keep: torch.Tensor, error: type[Exception]) -> None:
+    block = TritonBlock().lower(CASE.spec("block"))
+    seen = (True, CASE.scale, 0, *CASE.tile, 0, 0, block.handle)
+    with pytest.raises(error, match="keep"):
+        block.op(*CASE.operands(), keep, *seen)
 
 
 @pytest.mark.parametrize(

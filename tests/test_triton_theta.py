@@ -14,7 +14,7 @@ from sparsefx.attention.operators import THETA, attention_output
 from sparsefx.codegen.triton import library
 from sparsefx.codegen.triton.attention import decode_launch, launch, theta_decode
 from sparsefx.codegen.triton.attention.decode_kernels import TritonThetaDecode
-from sparsefx.errors import InvalidHandle
+from sparsefx.errors import DtypeMismatch, InvalidHandle, ShapeMismatch
 from sparsefx.target import AttentionSpec
 from tests.attention_cases import Sizes, masks, skipping_inputs
 from tests.interp_bf16 import repaired
@@ -320,6 +320,41 @@ def test_a_call_of_another_kernel_is_refused() -> None:
     for how in ((1, "post", "exact", False), (1, "pre", "exact", True)):
         with pytest.raises(InvalidHandle):
             lowering.op(*operands, *how, 0, 0, lowering.handle)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("k", torch.zeros(2, 2, 120, 16), ShapeMismatch),
+        ("k", torch.zeros(1, 2, 120, 8), ShapeMismatch),
+        ("v", torch.zeros(1, 2, 119, 16), ShapeMismatch),
+        ("v", torch.zeros(1, 1, 120, 16), ShapeMismatch),
+        ("mask", torch.zeros(1, 3, 1, 120), ShapeMismatch),
+        ("lengths", torch.zeros(0, dtype=torch.int64), ShapeMismatch),
+        ("lengths", torch.zeros(2, 3, dtype=torch.int64), ShapeMismatch),
+        ("lengths", torch.zeros(3, dtype=torch.int32), DtypeMismatch),
+        ("theta", torch.zeros(4, 2), ShapeMismatch),
+        ("theta", torch.zeros(3, 3), ShapeMismatch),
+        ("theta", torch.zeros(12), ShapeMismatch),
+        ("theta", torch.zeros(4, 3).half(), DtypeMismatch),
+        ("lost", torch.zeros(4, 2), ShapeMismatch),
+        ("lost", torch.zeros(1, 3), ShapeMismatch),
+    ],
+)
+def test_malformed_operands_are_refused(name: str, value: Tensor, error: type[Exception]) -> None:
+    one = case(form=("pre", "offline"), mask="float")
+    setattr(one, name, value)
+    with pytest.raises(error, match=f"{name} "):
+        one.operator()
+
+
+@pytest.mark.parametrize(
+    ("mean", "error"),
+    [(torch.zeros(1, 2, 16), ShapeMismatch), (torch.zeros(1, 4, 16).half(), DtypeMismatch)],
+)
+def test_another_mean_is_refused(mean: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match="v_mean"):
+        case(v_mean=True).run(mean)
 
 
 SPEC = case().spec

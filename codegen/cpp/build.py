@@ -1,12 +1,15 @@
 """C++ source -> shared library in the cache: compiled once, named by content, written atomically.
 
 The name (handle) is the hash of source, flags and compiler, so that it means the same in another
-process. Where the cache cannot be written, a private temporary folder takes its place.
+process. Where the cache cannot be written, a private temporary folder takes its place. A damaged
+library would kill the process that loads it, so each lies beside its hash and is read only whole.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -17,7 +20,7 @@ from pathlib import Path
 import torch
 
 from sparsefx.debug import settings
-from sparsefx.errors import KernelBuildFailed
+from sparsefx.errors import KernelBuildFailed, KernelNotFound
 from sparsefx.files import write_atomically
 
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
@@ -54,9 +57,34 @@ def build(kernel: str, source: str, isa_flags: tuple[str, ...]) -> tuple[str, Pa
 
 
 def library(handle: str) -> Path | None:
-    """Where the library called `handle` lies, its source beside it as .cpp, or None."""
+    """Where the library called `handle` lies whole, its source beside it as .cpp, or None."""
     paths = (folder / f"{handle}.so" for folder in _folders())
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if _is_whole(path)), None)
+
+
+def opened(handle: str, function: str) -> ctypes.CDLL:
+    """The library called `handle`, which has `function`, in this process. Raises KernelNotFound."""
+    path = library(handle) if re.fullmatch(r"\w+", handle) else None
+    if path is None:
+        raise KernelNotFound(handle=handle)
+    try:
+        found = ctypes.CDLL(str(path))
+        getattr(found, function)
+    except (OSError, AttributeError):  # not for this machine, or of another kind of kernel
+        raise KernelNotFound(handle=handle) from None
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there, byte for byte as it was written."""
+    try:
+        return path.with_suffix(".sha256").read_bytes() == _hash(path.read_bytes())
+    except OSError:  # either is missing or cannot be read
+        return False
+
+
+def _hash(binary: bytes) -> bytes:
+    return hashlib.sha256(binary).hexdigest().encode()
 
 
 def _folders() -> tuple[Path, Path]:
@@ -72,9 +100,10 @@ def _store(handle: str, source: str, binary: bytes) -> Path:
 
 
 def _write(path: Path, source: str, binary: bytes) -> Path:
-    """The library goes last: where it is, its source is too."""
+    """The hash goes last: a library counts from then on, and its source is there too."""
     write_atomically(path.with_suffix(".cpp"), source.encode())
     write_atomically(path, binary)
+    write_atomically(path.with_suffix(".sha256"), _hash(binary))
     return path
 
 

@@ -6,15 +6,14 @@ The operator is registered once; which kernel runs is its `handle` argument. Reg
 
 import ctypes
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.cpp.build import library
-from sparsefx.errors import DtypeMismatch, KernelNotFound, ShapeMismatch
+from sparsefx.codegen.cpp.build import opened
+from sparsefx.errors import DtypeMismatch, ShapeMismatch
 from sparsefx.ops import linear_output
 
 _LIBRARY = torch.library.Library("sparsefx_cpp", "DEF")
@@ -48,15 +47,12 @@ class Loaded(NamedTuple):
 @functools.cache
 def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
-    path = library(handle) if re.fullmatch(r"\w+", handle) else None
-    if path is None:
-        raise KernelNotFound(handle=handle)
-    opened = ctypes.CDLL(str(path))
-    run = opened.sparsefx_linear
+    found = opened(handle, "sparsefx_linear")
+    run = found.sparsefx_linear
     run.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32]
     run.restype = ctypes.c_int32
-    has_bias, extras, n, m, index_bits = (ctypes.c_int32 * 5).in_dll(opened, "sparsefx_numbers")
-    dtype = (ctypes.c_char * 16).in_dll(opened, "sparsefx_dtype").value.decode()
+    has_bias, extras, n, m, index_bits = (ctypes.c_int32 * 5).in_dll(found, "sparsefx_numbers")
+    dtype = (ctypes.c_char * 16).in_dll(found, "sparsefx_dtype").value.decode()
     return Loaded(run, getattr(torch, dtype), bool(has_bias), extras, n, m, index_bits)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import build, call, emit
 from sparsefx.codegen.cpp.isa import Isa, best, named
+from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
 from sparsefx.target import LinearSpec, Lowering
 
@@ -51,7 +52,7 @@ class CppLinear:
         handle, path = build.build(_prefix(spec, isa), text, isa.flags)
         try:
             call.load(handle)
-        except OSError:  # what a crash of the machine left in the cache is not a library
+        except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(_prefix(spec, isa), text, isa.flags)
         ops = torch.ops.sparsefx_cpp

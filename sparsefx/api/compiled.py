@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from sparsefx.annotations import annotate_attention
+from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request, check_weights, mode_options
 from sparsefx.api.runnable import runnable
 from sparsefx.api.sparse_model import check_calibration, decide
@@ -57,5 +57,6 @@ def compile(
     if recipe is not None:
         model, wanted = decide(model, recipe, calibration, default_tile(chosen.device))
     fast = runnable(model, Request(chosen, guard, mode), wanted, dynamic)
-    annotate_attention(fast, wanted.thresholds)
+    if recipe is not None and recipe.attention is not None:
+        replace_attention(fast, wanted.thresholds)
     return fast

@@ -50,7 +50,7 @@ def make_plan(
     if recipe is not None and recipe.weights:
         passes = (ApplyRecipe(recipe), *passes)
     patches = {**mode_options(request.mode), **request.settings}
-    train = pipelines.training(trained)
+    train = pipelines.training(trained, wanted)
     return Plan(passes, train, inductor(patches), has_recipe=recipe is not None)
 
 

@@ -1,14 +1,14 @@
 """sparsify(): prune the weights and calibrate the attention thresholds that a recipe asks for."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsefx.annotations import annotate_attention
+from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request
 from sparsefx.api.runnable import runnable
 from sparsefx.api.target_table import choose_target, device_type
@@ -42,7 +42,7 @@ def sparsify(
     positional or a dict of keyword arguments); attention thresholds need them, Magnitude does not,
     but an empty one is an error all the same. inplace: change `model` itself instead of a deep
     copy. progress: show a bar. state: a file that keeps the attention calibration after each batch,
-    so that a run that was stopped continues.
+    so that a run that was stopped continues; give other batches another file.
 
     Returns the model; `sparsefx.annotations` reads what was decided, `compile` acts on it (eager
     attention stays dense). Masks and thresholds are deterministic. Raises NothingMatches,
@@ -60,7 +60,8 @@ def sparsify(
     )
     if later:
         pruned = prune_weights(model, recipe, inplace=True, progress=False)
-    annotate_attention(pruned, wanted.thresholds)
+    if recipe.attention is not None:
+        replace_attention(pruned, wanted.thresholds)
     return pruned
 
 
@@ -79,6 +80,9 @@ def check_calibration(calibration: Iterable[object] | None) -> Iterable[object] 
     """The batches, of which none is lost if they come once only. Raises EmptyCalibration."""
     if calibration is None:
         return None
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        known = "an iterable of batches, such as a list of tensors, tuples or dicts"
+        raise UnknownOption(option="calibration", value=type(calibration).__name__, known=known)
     rest = iter(calibration)
     first = list(itertools.islice(rest, 1))
     if not first:

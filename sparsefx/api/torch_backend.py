@@ -8,6 +8,7 @@ from sparsefx.api.plans import Request, make_plan
 from sparsefx.api.sparse_model import check_data
 from sparsefx.api.target_table import check_guard, choose_target, device_of
 from sparsefx.attention.spec import default_tile
+from sparsefx.attention.thresholds import AttentionThresholds
 from sparsefx.attention.wanted import Wanted
 from sparsefx.compiler import Compiler
 from sparsefx.errors import UnknownOption
@@ -43,7 +44,7 @@ def backend(
     asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r} {thresholds!r}"
     if not isinstance(recipe, Recipe | None):
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
-    wanted = Wanted(_mapping("thresholds", thresholds), recipe, default_tile(chosen.device))
+    wanted = Wanted(_thresholds(thresholds), recipe, default_tile(chosen.device))
     if recipe is not None and not wanted.thresholds:
         check_data(recipe, None)
     request = Request(chosen, str(guard), mode, _mapping("inductor", settings))
@@ -61,3 +62,12 @@ def _mapping(option: str, value: object) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise UnknownOption(option=option, value=value, known="a dict")
     return value
+
+
+def _thresholds(value: object) -> dict[str, AttentionThresholds]:
+    found = _mapping("thresholds", value)
+    strange = [each for each in found.values() if not isinstance(each, AttentionThresholds)]
+    if strange:
+        known = "what attention_thresholds(model) returns"
+        raise UnknownOption(option="thresholds", value=strange[0], known=known)
+    return {name: each for name, each in found.items() if isinstance(each, AttentionThresholds)}

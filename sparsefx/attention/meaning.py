@@ -71,7 +71,7 @@ def kept_tiles(
     wanted = (maxima != _NEVER) & ~(depth < limit)
     batch, heads, queries, tiles = wanted.shape
     if queries == 1:
-        by_group = wanted.view(batch, kv_heads, -1, tiles).any(2, keepdim=True)
+        by_group = wanted.view(batch, kv_heads, heads // kv_heads, tiles).any(2, keepdim=True)
         return by_group.expand(batch, kv_heads, heads // kv_heads, tiles).reshape(wanted.shape)
     rows = -(-queries // block_q)
     padded = F.pad(wanted, (0, 0, 0, rows * block_q - queries), value=False)
@@ -152,7 +152,7 @@ def theta_attention(
     limit = at_lengths(lengths, theta, count[..., 0])[..., None].to(s.dtype)
     dense = softmax(s)
     above = (dense if placement == "post" else s) > limit
-    keep = visible & (above | (count <= topk) | s.isnan())
+    keep = visible & (above | (count <= topk) | dense.isnan())  # NaN where dense has it
     p = dense.masked_fill(~keep, 0)
     if placement == "pre" and denominator != "exact":
         top = s.amax(-1, keepdim=True)

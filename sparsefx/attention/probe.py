@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsefx.attention.operators import BLOCK, SKIP_SOFTMAX
 from sparsefx.target import AttentionSpec
 
 DEPTH = 30.0  # how far the scores of what goes lie below those of what stays
@@ -45,14 +44,16 @@ def probe(
     batch: int = 1,
     groups: int = 1,
 ) -> Probe:
-    """Inputs with `keys` keys and as many queries (decode: one), `groups` KV heads.
+    """Inputs with `keys` keys and `groups` KV heads.
 
-    About `sparsity` of the key tiles (theta: of the keys) are skipped by every query tile; the
-    first stays always. Heads and batches are independent, so one group stands for all.
+    There is one query in decode; in prefill as many as keys, or as a graph of fixed sizes has.
+
+    Of the visible tiles (theta: elements) `sparsity` are skipped, or a little less: the first key
+    tile stays always. Heads and batches are independent, so one group stands for all.
     """
     generator = torch.Generator(device).manual_seed(_SEED)
     heads = groups * (spec.heads // spec.kv_heads)
-    queries = 1 if spec.phase == "decode" else keys
+    queries = 1 if spec.phase == "decode" else keys if spec.vary else spec.queries
     scale = spec.head_dim**-0.5
 
     def random(heads: int, length: int) -> Tensor:
@@ -62,14 +63,27 @@ def probe(
 
     q, k, v = random(heads, queries), random(groups, keys), random(groups, keys)
     width = spec.tile[1] or 1
-    goes = torch.rand(-(-keys // width), generator=generator, device=device) < sparsity
-    goes[0] = False
+    goes = _going(-(-keys // width), sparsity, spec.phase == "prefill" and spec.is_causal)
+    goes = goes.to(device)
     q[..., 0] = 1 / scale
     k[..., 0] = torch.where(goes.repeat_interleave(width)[:keys], -DEPTH, 0.0)
     mask = _mask(spec, queries, keys, device)
     method, options = _method(spec, heads, queries, keys, goes)
     seen = (spec.is_causal, scale, spec.window)
     return Probe(q, k, v, mask, method, seen, options)
+
+
+def _going(tiles: int, sparsity: float, is_causal: bool) -> Tensor:
+    """Bool [tiles], the key tiles that are skipped: drawn at random, up to the asked share.
+
+    Under a causal mask a key tile counts as often as query tiles see it.
+    """
+    weight = torch.arange(tiles, 0, -1) if is_causal else torch.ones(tiles, dtype=torch.int64)
+    order = 1 + torch.randperm(tiles - 1, generator=torch.Generator().manual_seed(_SEED))
+    gone = weight[order].cumsum(0) <= sparsity * float(weight.sum()) + 1e-6
+    goes = torch.zeros(tiles, dtype=torch.bool)
+    goes[order[gone]] = True
+    return goes
 
 
 def _mask(spec: AttentionSpec, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -100,11 +114,3 @@ def _method(
     lost = torch.zeros_like(table) if denominator == "offline" else None
     settings = (int(topk), placement, denominator, v_mean == "True")
     return (torch.tensor([keys], device=goes.device), table, lost), settings
-
-
-OPERATORS = {
-    "skip_softmax": SKIP_SOFTMAX,
-    "theta": torch.ops.sparsefx.theta_attention.default,
-    "block": BLOCK,
-}
-"""Method -> the dialect's operator."""

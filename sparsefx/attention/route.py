@@ -24,13 +24,15 @@ def dense_if_short(
     dense_below: int,
     calibrated: int,
 ) -> Tensor | None:
-    """The dense result if there are fewer than `dense_below` keys, else None: run the kernel.
+    """The dense result of a call shorter than `dense_below`, else None: run the kernel.
 
+    Decode is as long as its keys. Prefill was timed with as many queries as keys, so it is as long
+    as the fewer of both: a few queries behind a long cache are too little work for its kernel.
     A call with more than `calibrated` keys (0: unknown) warns, once in a process for each
     `calibrated`; thresholds are then extrapolated as 1 / keys.
     """
-    keys = k.shape[-2]
-    if keys < dense_below:
+    queries, keys = q.shape[-2], k.shape[-2]
+    if (keys if queries == 1 else min(queries, keys)) < dense_below:
         # the operators promise one memory layout; torch's backends differ in theirs
         return shaped(dense_attention(q, k, v, mask, is_causal, scale, window), q)
     if calibrated and keys > calibrated:

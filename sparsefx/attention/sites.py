@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsefx.attention.sources import cross_attention
-from sparsefx.candidates import ATTENTION, attention_path
+from sparsefx.candidates import ATTENTION, attention_path, candidates
 from sparsefx.rewrite import Decline, arguments
 from sparsefx.shapes import hint, same, varies
 
@@ -62,15 +62,18 @@ class AttentionSite:
 def attention_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
     """The name of each attention node: its module's path; the second of a module ends in "#2".
 
-    It is the same through both doors; "attention" is one that the model itself calls.
+    It is the same through both doors; "attention" is one that the model itself calls. Hand-written
+    attentions that no pass could fuse count, so that the others keep their numbers.
     """
     seen: Counter[str] = Counter()
     names = {}
-    for node in gm.graph.nodes:
-        if node.target is ATTENTION:
-            path = attention_path(node)
-            seen[path] += 1
-            names[node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
+    for candidate in candidates(gm):
+        if candidate.op != "attention":
+            continue
+        path = attention_path(candidate.node)
+        seen[path] += 1
+        if candidate.node.target is ATTENTION:
+            names[candidate.node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
     return names
 
 
@@ -103,6 +106,8 @@ def read(node: fx.Node, name: str) -> AttentionSite | Decline:
             "attention: is_causal with other numbers of queries than keys, which PyTorch aligns to "
             "the top left"
         )
+    if len({each.meta["val"].dtype for each in (node, *operands)}) > 1:
+        return Decline("attention: q, k, v and the result differ in dtype, as under autocast")
     reason = cross_attention(node, operands[0], operands[1])
     if reason is not None:
         return Decline(reason)

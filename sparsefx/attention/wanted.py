@@ -35,11 +35,19 @@ class Wanted:
             return self
         return Wanted({**attention_thresholds(model), **self.thresholds}, self.recipe, self.tile)
 
+    def leaves(self, name: str) -> bool:
+        """Whether a recipe asks for attention, and not for this one."""
+        return self.recipe is not None and self._asks() and not self.recipe.attention_for(name)
+
     def of(self, name: str, heads: int) -> AttentionThresholds | None:
         """The thresholds of the attention `name`, None if it stays dense. Raises HeadsMismatch."""
         found = self.thresholds.get(name) or self._given(name, heads)
-        if found is not None and found.heads != heads:
-            raise HeadsMismatch(name=name, stored=found.heads, heads=heads)
+        if found is None:
+            return None
+        counts = {found.heads, len(found.decode) if isinstance(found, SkipThresholds) else heads}
+        if counts != {heads}:
+            stored = max(counts - {heads})
+            raise HeadsMismatch(name=name, stored=stored, heads=heads)
         return found
 
     def _given(self, name: str, heads: int) -> SkipThresholds | None:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsefx.attention.spec import AttentionPattern, SkipSoftmax, Theta
@@ -42,10 +42,11 @@ def calibrate_attention(
     Tensor, a tuple or list of positional, or a mapping of keyword arguments each, on the model's
     device. prepare: passes that bring attentions into the form that `attention.sites` reads. tile:
     (query rows, keys) where the recipe names none. state: a file that keeps the statistics after
-    each batch; a calibration that was stopped goes on from it and gives the same thresholds bit for
-    bit, and a finished one answers another goal (sparsity, error, `per`) without running the model.
-    progress: show a bar with the time left. build: makes a runnable sparse model of thresholds, for
-    recipes with a `metric` of their own (at most 6 evaluations); without it no metric is asked.
+    each batch of one model, recipe and list of batches; a calibration that was stopped goes on from
+    it and gives the same thresholds bit for bit, and a finished one answers another goal (sparsity,
+    error, `per`) without running the model. progress: show a bar with the time left. build: makes a
+    runnable sparse model of thresholds, for recipes with a `metric` of their own (at most 6
+    evaluations); without it no metric is asked.
 
     Raises EmptyCalibration, ShortCalibration (no input of 4 key tiles), AttentionNotFound (a key of
     the recipe matches nothing), NonFiniteAttention, ForeignCalibration (the state belongs to
@@ -121,11 +122,12 @@ def _check(survey: Survey, recipe: Recipe, model: str) -> None:
 def _digest(
     model: nn.Module, recipe: Recipe, prepare: Sequence[Pass], tile: tuple[int, int]
 ) -> str:
-    """Of all that the statistics depend on but the data and the values of weights."""
+    """Of what the statistics depend on: a sample of each weight stands for it; not of the data."""
     attention = recipe.attention
     asked = attention if isinstance(attention, Mapping) else {"*": attention}
     weights = [
-        f"{name} {tuple(each.shape)} {each.dtype}" for name, each in model.named_parameters()
+        f"{name} {tuple(each.shape)} {each.dtype} {_sample(each)}"
+        for name, each in model.named_parameters()
     ]
     text = [
         type(model).__qualname__,
@@ -142,3 +144,10 @@ def _basis(spec: AttentionPattern | None) -> object:
     if isinstance(spec, SkipSoftmax):
         return ("skip", spec.tile, spec.order, spec.factors)
     return replace(spec, deviations=0.0) if isinstance(spec, Theta) else None
+
+
+def _sample(weight: Tensor) -> list[float]:
+    """Values from all over a weight."""
+    flat = weight.detach().flatten()
+    values: list[float] = flat[:: max(flat.numel() // 16, 1)].double().tolist()
+    return values

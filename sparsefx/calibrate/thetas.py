@@ -181,6 +181,7 @@ class ThetaStatistics:
         keep = rows.visible & ((rows.x > limit) | ~long)
         result, dense = rows.thresholded(self.spec, keep, limit, missing), rows.dense()
         sums = (keep & long, rows.visible & long, (result - dense).square(), dense.square())
+        self.measured = self.measured.to(rows.x.device)
         self.measured += torch.stack([each.double().sum() for each in sums])
         return result
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
-from sparsefx.attention.spec import SkipSoftmax
+from sparsefx.attention.spec import Metric, SkipSoftmax
 from sparsefx.attention.thresholds import AttentionThresholds
 from sparsefx.calibrate.skips import SkipStatistics
 from sparsefx.calibrate.solve import solve, thresholds
+from sparsefx.entry import inferring
 
 Build = Callable[[Mapping[str, AttentionThresholds]], nn.Module]
 EVALUATIONS = 6
@@ -30,12 +32,12 @@ def back_off(
     """
     metric = spec.metric
     assert metric is not None
-    most = float(metric(model)) * (1 + spec.within)
+    most = _loss(metric, model) * (1 + spec.within)
     low, high, goal = 0.0, 1.0, 1.0
     best = {**found, **_scaled(spec, sites, 0.0)}
     for _ in range(EVALUATIONS - 1):
         trial = {**found, **_scaled(spec, sites, goal)}
-        if float(metric(build(trial))) <= most:
+        if _loss(metric, build(trial)) <= most:
             best, low = trial, goal
         else:
             high = goal
@@ -43,6 +45,12 @@ def back_off(
             break
         goal = (low + high) / 2
     return best
+
+
+def _loss(metric: Metric, model: nn.Module) -> float:
+    """In eval mode and without gradients: with them on, a compiled model stays dense."""
+    with inferring(model), torch.no_grad():
+        return float(metric(model))
 
 
 def _scaled(

@@ -267,8 +267,11 @@ struct Problem {
     Value* out_row(int64_t b, int64_t h, int64_t i) const {
         return out + ((b * queries + i) * heads + h) * DIM;
     }
-    // ln(factor / keys), at most 0.
-    float log_lambda(int64_t h) const { return std::min(0.f, std::log(factor[h] / float(keys))); }
+    // ln(factor / keys), at most 0; NaN, with which no tile is skipped, for less than 0 and NaN.
+    float log_lambda(int64_t h) const {
+        const float exact = std::log(factor[h] / float(keys));
+        return exact > 0 ? 0 : exact;
+    }
 };
 
 // A score as the mask leaves it.
@@ -464,8 +467,9 @@ static bool score_visible(const Problem& p, const RowTile& tile, int64_t c0, int
     const View view = shown(p, tile, c0, keys);
     if (view == View::NOTHING) return false;
     score(p, tile, c0, keys, work);
-    if (!all_visible(p, tile, c0, keys)) hide_by_place(p, tile, c0, keys, work.s);
     if (view == View::SOME) hide_by_mask(p, tile, c0, keys, work.s);
+    // Last: where the place hides a key, a mask of NaN or +inf must not show.
+    if (!all_visible(p, tile, c0, keys)) hide_by_place(p, tile, c0, keys, work.s);
     return true;
 }
 

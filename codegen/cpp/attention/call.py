@@ -6,7 +6,6 @@ An operator is registered once; which kernel runs is its `handle` argument. Each
 
 import ctypes
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,15 +13,21 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from sparsefx.attention.operands import (
+    check_dtype,
+    check_operands,
+    check_shape,
+    checked_tables,
+    misshapen,
+)
 from sparsefx.attention.operators import SCHEMAS, attention_output
 from sparsefx.attention.route import dense_if_short
 from sparsefx.attention.spec import DENOMINATORS
 from sparsefx.codegen.cpp.attention.problem import Problem, problem
-from sparsefx.codegen.cpp.build import library
-from sparsefx.errors import DtypeMismatch, KernelNotFound, ShapeMismatch
+from sparsefx.codegen.cpp.build import opened
+from sparsefx.errors import KernelNotFound
 
 _LIBRARY = torch.library.Library("sparsefx_cpp", "FRAGMENT")
-_REMEDY = "Pass the operands of the node that this handle was built for"
 
 
 class Loaded(NamedTuple):
@@ -53,16 +58,10 @@ class Seen(NamedTuple):
 @functools.cache
 def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
-    path = library(handle) if re.fullmatch(r"\w+", handle) else None
-    if path is None:
-        raise KernelNotFound(handle=handle)
-    opened = ctypes.CDLL(str(path))
-    try:
-        run = opened.sparsefx_attention
-    except AttributeError:  # a library of another kind of kernel
-        raise KernelNotFound(handle=handle) from None
+    found = opened(handle, "sparsefx_attention")
+    run = found.sparsefx_attention
     run.argtypes, run.restype = [ctypes.POINTER(Problem)], ctypes.c_int32
-    text = (ctypes.c_char * 256).in_dll(opened, "sparsefx_made_for").value.decode()
+    text = (ctypes.c_char * 256).in_dll(found, "sparsefx_made_for").value.decode()
     made = dict(word.split("=") for word in text.split())
     return Loaded(
         run,
@@ -119,9 +118,9 @@ def _skip_softmax(
     kernel = _checked(handle, "skip_softmax", seen)
     _check_options(kernel, block_q=block_q, block_k=block_k, order=order)
     factor = decode if seen.q.shape[2] == 1 else prefill
-    _check_shape("factor", factor, (seen.q.shape[1],))
-    factor = _exactly("factor", factor, torch.float32)
-    return _run(kernel, seen, count, factor=factor)
+    check_shape("factor", factor, (seen.q.shape[1],))
+    check_dtype("factor", factor, torch.float32)
+    return _run(kernel, seen, count, factor=factor.contiguous())
 
 
 def block_attention(
@@ -152,9 +151,9 @@ def _block(
     _check_options(kernel, block_q=block_q, block_k=block_k)
     batch, heads, queries, _ = seen.q.shape
     tiles = -(-seen.k.shape[2] // block_k)
-    _check_shape("keep", keep, (batch, heads, -(-queries // block_q), tiles), leading=2)
-    keep = _exactly("keep", keep, torch.bool)
-    return _run(kernel, seen, count, keep=keep)
+    check_shape("keep", keep, (batch, heads, -(-queries // block_q), tiles), leading=2)
+    check_dtype("keep", keep, torch.bool)
+    return _run(kernel, seen, count, keep=keep.contiguous())
 
 
 def theta_attention(
@@ -198,15 +197,7 @@ def _theta(
     count: Tensor | None,
 ) -> Tensor:
     kernel = _checked(handle, "theta", seen)
-    points, heads = lengths.numel(), seen.q.shape[1]
-    if lengths.dim() != 1 or not points:
-        raise _misshapen("lengths", lengths, "it must be [points], at least one")
-    lengths = _exactly("lengths", lengths, torch.int64)
-    for name, table in (("theta", theta), ("lost", lost)):
-        if table is not None:
-            _check_shape(name, table, (heads, points))
-    theta = _exactly("theta", theta, torch.float32)
-    lost = None if lost is None else _exactly("lost", lost, torch.float32)
+    lengths, theta, lost = checked_tables(lengths, theta, lost, seen.q.shape[1])
     known = "none" if denominator == "offline" and lost is None else denominator
     return _run(
         kernel,
@@ -215,7 +206,7 @@ def _theta(
         lengths=lengths,
         theta=theta,
         lost=lost,
-        points=points,
+        points=lengths.numel(),
         topk=topk,
         is_post=placement == "post",
         denominator=DENOMINATORS.index(known),
@@ -228,7 +219,7 @@ def _run(kernel: Loaded, seen: Seen, count: Tensor | None, **method: Tensor | in
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in seen[:3])
     mask = seen.mask
     if mask is not None and mask.dtype is not torch.bool:
-        mask = mask.to(torch.float32)
+        mask = _in_float32(mask)
     out = attention_output(q, k, v)
     filled = problem(q, k, v, mask, seen.is_causal, seen.scale, seen.window, out, count)
     for name, value in method.items():
@@ -240,6 +231,14 @@ def _run(kernel: Loaded, seen: Seen, count: Tensor | None, **method: Tensor | in
     if out.numel() and kernel.run(filled):
         raise MemoryError("no memory for the tiles that a sparse attention works on")
     return out
+
+
+def _in_float32(mask: Tensor) -> Tensor:
+    """The mask in float32, what is expanded converted once: `to` would write out the expansion."""
+    if mask.dtype is torch.float32:
+        return mask
+    once = mask[tuple(slice(None) if step else slice(1) for step in mask.stride())]
+    return once.to(torch.float32).expand(mask.shape)
 
 
 # The operands of an operator have no common type.
@@ -265,31 +264,18 @@ def _checked(handle: str, method: str, seen: Seen) -> Loaded:
     kernel = load(handle)
     if kernel.method != method:
         raise KernelNotFound(handle=handle)
-    q, k, v, mask = seen[:4]
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if operand.dim() != 4 or operand.shape[-1] != kernel.dim:
-            rule = f"it must be [batch, heads, length, {kernel.dim}]"
-            raise _misshapen(name, operand, rule)
-        if operand.dtype is not kernel.dtype:
-            raise DtypeMismatch(name=name, dtype=operand.dtype, needed=kernel.dtype)
-    if k.shape[0] != q.shape[0] or not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise _misshapen("k", k, f"it does not go with q of {tuple(q.shape)}")
-    _check_shape("v", v, tuple(k.shape))
-    _check_mask(kernel, mask, (*q.shape[:3], k.shape[2]))
+    check_operands(*seen[:4], kernel.dim, kernel.dtype)
+    _check_mask(kernel, seen.mask)
     return kernel
 
 
-def _check_mask(kernel: Loaded, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_mask(kernel: Loaded, mask: Tensor | None) -> None:
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     if mask is not None and kind != kernel.mask:
         needed = torch.bool if kernel.mask == "bool" else torch.float32
-        raise DtypeMismatch(name="mask", dtype=mask.dtype, needed=needed)
+        check_dtype("mask", mask, needed)
     if kind != kernel.mask:
-        raise _misshapen("mask", torch.empty(0), f"the kernel was built for a {kernel.mask} mask")
-    if mask is not None:
-        sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
-        if mask.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
-            raise _misshapen("mask", mask, f"it must broadcast to {shape}")
+        raise misshapen("mask", torch.empty(0), f"the kernel was built for a {kernel.mask} mask")
 
 
 def _check_options(kernel: Loaded, **given: int | str) -> None:
@@ -297,27 +283,7 @@ def _check_options(kernel: Loaded, **given: int | str) -> None:
         built = getattr(kernel, name)
         if value != built:
             rule = f"the kernel was built for {name}={built}, not {value}"
-            raise _misshapen(name, torch.empty(0), rule)
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], leading: int = 0) -> None:
-    """The shape, where the first `leading` sizes may also be 1."""
-    fits = tensor.dim() == len(shape) and all(
-        size == whole or (axis < leading and size == 1)
-        for axis, (size, whole) in enumerate(zip(tensor.shape, shape, strict=True))
-    )
-    if not fits:
-        raise _misshapen(name, tensor, f"it must be {shape}")
-
-
-def _exactly(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.dtype is not dtype:
-        raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=dtype)
-    return tensor.contiguous()
-
-
-def _misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:
-    return ShapeMismatch(name=name, shape=tuple(tensor.shape), rule=rule, remedy=_REMEDY)
+            raise misshapen(name, torch.empty(0), rule)
 
 
 _COUNTED: dict[str, Callable[..., Tensor]] = {

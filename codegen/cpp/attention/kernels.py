@@ -10,6 +10,7 @@ from sparsefx.codegen.cpp import build
 from sparsefx.codegen.cpp.attention import call, emit
 from sparsefx.codegen.cpp.emit import VALUE_TYPES
 from sparsefx.codegen.cpp.isa import Isa, best, named
+from sparsefx.errors import KernelNotFound
 from sparsefx.target import AttentionLowering, AttentionSpec
 
 WIDEST = 256
@@ -54,7 +55,7 @@ class CppAttention:
         handle, path = build.build(prefix, text, isa.flags)
         try:
             call.load(handle)
-        except OSError:  # what a crash of the machine left in the cache is not a library
+        except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(prefix, text, isa.flags)
         op = getattr(torch.ops.sparsefx_cpp, f"{self.method}_attention").default

@@ -9,10 +9,8 @@ from sparsefx.codegen.triton.attention.decode_library import (
     theta_options,
 )
 from sparsefx.codegen.triton.attention.kernels import lowering, refusal
-from sparsefx.codegen.triton.attention.variant import AttentionVariant
+from sparsefx.codegen.triton.attention.variant import LARGEST_GROUP, AttentionVariant
 from sparsefx.target import AttentionKernel, AttentionLowering, AttentionSpec
-
-LARGEST_GROUP = 64  # query heads of a KV head; more spill registers
 
 
 @dataclass(frozen=True)

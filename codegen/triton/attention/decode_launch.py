@@ -132,7 +132,7 @@ def scores_call(
     group, empty = loaded.variant.group, q.new_empty
     half = q.dtype != torch.float32 and not sums
     depth_type = torch.float16 if half else torch.float32
-    lines, (share, splits) = (problem.pairs, group), cut
+    lines, splits = (problem.pairs, group), cut[1]
     scored = Scored(
         empty((*lines, problem.span), dtype=depth_type),
         None if sums else empty((*lines, problem.span // problem.unit), dtype=torch.int32),
@@ -143,15 +143,7 @@ def scores_call(
     strides = (0, 0, 0) if seen is None else (*seen.stride()[:2], seen.stride()[3])
     if seen is not None and seen.dtype == torch.bool:
         seen = seen.view(torch.uint8)
-    sizes = (
-        problem.kv_heads,
-        problem.keys,
-        problem.low,
-        problem.first,
-        problem.span,
-        share,
-        splits,
-    )
+    sizes = (problem.kv_heads, problem.keys, problem.low, problem.first, problem.span, *cut)
     arguments = (q, k, seen, scored.depth, scored.top, scored.parts, scale, *sizes)
     options: Constants = constants(loaded, "DIM", "PADDED", "GROUP", "MASK") | {
         "ROWS": problem.rows,

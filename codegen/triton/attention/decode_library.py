@@ -12,7 +12,6 @@ from sparsefx.attention import meaning
 from sparsefx.attention.route import dense_if_short
 from sparsefx.codegen.triton.attention.library import check_call, register
 from sparsefx.codegen.triton.library import launches
-from sparsefx.errors import ShapeMismatch
 
 
 def skip_softmax_decode(
@@ -48,7 +47,6 @@ def skip_softmax_decode(
 
     operands, options = (q, k, v, mask, is_causal, window), (("order", order),)
     check_call(handle, "decode_skip", (block_q, block_k), options, *operands)
-    _check_heads("decode", decode, q)
     return decode_skip.run_counted(handle, q, k, v, mask, decode, scale, window)[0]
 
 
@@ -87,7 +85,6 @@ def theta_decode(
 
     options = theta_options(placement, denominator, v_mean)
     check_call(handle, "theta_decode", (0, 0), options, q, k, v, mask, is_causal, window)
-    _check_heads("theta", theta, q)
     tables = (lengths, theta, lost)
     return kernels.theta(handle, q, k, v, mask, tables, scale, window, topk)
 
@@ -96,16 +93,6 @@ def theta_options(placement: str, denominator: str, v_mean: bool) -> tuple[tuple
     """The options of a theta_decode kernel."""
     chosen = {"placement": placement, "denominator": denominator, "v_mean": str(int(v_mean))}
     return tuple(chosen.items())
-
-
-def _check_heads(name: str, table: Tensor, q: Tensor) -> None:
-    if table.shape[0] != q.shape[1]:
-        raise ShapeMismatch(
-            name=name,
-            shape=tuple(table.shape),
-            rule=f"there are {q.shape[1]} heads",
-            remedy="Calibrate this model",
-        )
 
 
 register("skip_softmax_decode", "skip_softmax_attention", skip_softmax_decode)

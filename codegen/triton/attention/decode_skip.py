@@ -12,7 +12,13 @@ from sparsefx.codegen.triton.attention.decode_launch import (
     scores_call,
     values_call,
 )
-from sparsefx.codegen.triton.attention.launch import Loaded, Sample, load, rows_contiguous
+from sparsefx.codegen.triton.attention.launch import (
+    Loaded,
+    Sample,
+    head_factors,
+    load,
+    rows_contiguous,
+)
 from sparsefx.codegen.triton.loader import Call
 
 
@@ -28,7 +34,7 @@ def plan(
     out: Tensor,
 ) -> tuple[tuple[Call, ...], Tensor]:
     """The four launches, and where they count the kept tiles: int32 [pairs]."""
-    group, pairs = loaded.variant.group, problem.pairs
+    group, pairs, factor = loaded.variant.group, problem.pairs, head_factors(factor, q)
     tiles, rows = problem.span // problem.tile, next_power_of_2(group)
     read, scored = scores_call(loaded, problem, q, k, mask, scale, problem.cut(), sums=False)
     chosen = q.new_empty((pairs, tiles), dtype=torch.int32)
@@ -65,7 +71,7 @@ def run_counted(
 ) -> tuple[Tensor, Tensor]:
     """The result as `attention_output` lays it out, and how many tiles of V each KV head read.
 
-    factor: float32 [heads]. Counts are int32 [batch, kv_heads]. Raises InvalidHandle,
+    factor: [heads]. Counts are int32 [batch, kv_heads]. Raises InvalidHandle,
     DtypeMismatch, ShapeMismatch; KernelBuildFailed where Triton refuses a kernel on this device.
     """
     loaded = load(handle)

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sparsefx.attention.operands import check_shape
 from sparsefx.codegen.triton import loader
 from sparsefx.codegen.triton.attention import emit
 from sparsefx.codegen.triton.attention.emit import Constants
@@ -65,6 +66,12 @@ def load(handle: str) -> Loaded:
     path, _ = emit.write(variant)
     module = loader.import_file(str(path))
     return Loaded(variant, module, cast(Constants, module.CONSTANTS))
+
+
+def head_factors(factor: Tensor, q: Tensor) -> Tensor:
+    """The factors as kernels read them, float32 side by side. Raises ShapeMismatch."""
+    check_shape("factor", factor, (q.shape[1],))
+    return factor.float().contiguous()
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

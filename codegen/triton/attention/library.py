@@ -6,16 +6,18 @@ they run the plain meaning unless Triton's interpreter is on, as the linear oper
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsefx.attention import meaning
+from sparsefx.attention.operands import check_dtype, check_shape
 from sparsefx.attention.operators import SCHEMAS, attention_output
 from sparsefx.attention.route import dense_if_short
-from sparsefx.codegen.triton.attention.variant import AttentionVariant
+from sparsefx.codegen.triton.attention.variant import LARGEST_GROUP, AttentionVariant
 from sparsefx.codegen.triton.library import launches
-from sparsefx.errors import InvalidHandle, ShapeMismatch
+from sparsefx.errors import InvalidHandle
 
 _LIBRARY = torch.library.Library("sparsefx_triton", "FRAGMENT")
 
@@ -51,30 +53,27 @@ def skip_softmax_prefill(
 ) -> Tensor:
     """`meaning.skip_softmax_attention` by the kernel that `handle` names.
 
-    A single query, which the kernel was not made for, runs the meaning: it is one row of scores.
-    Raises InvalidHandle, DtypeMismatch, ShapeMismatch; KernelBuildFailed where Triton refuses.
+    A single query goes to the kernels of one query; where more heads share a KV head than these
+    take, it runs the meaning. Raises InvalidHandle, DtypeMismatch, ShapeMismatch; KernelBuildFailed
+    where Triton refuses.
     """
-    seen = (is_causal, scale, window)
-    short = dense_if_short(q, k, v, mask, *seen, dense_below, calibrated)
+    qkv, seen = (q, k, v, mask), (is_causal, scale, window)
+    short = dense_if_short(*qkv, *seen, dense_below, calibrated)
     if short is not None:
         return short
-    if q.shape[2] == 1 or not launches(q):
-        tile = (block_q, block_k, order)
-        return meaning.skip_softmax_attention(q, k, v, mask, prefill, decode, *seen, *tile)
-    from sparsefx.codegen.triton.attention import prefill as kernels  # imports Triton
+    tile, made, single = (block_q, block_k), None, q.shape[-2] == 1
+    if launches(q):
+        options = (("order", order),)
+        made = check_call(handle, "skip_prefill", tile, options, *qkv, is_causal, window)
+    if made is None or (single and made.group > LARGEST_GROUP):
+        return meaning.skip_softmax_attention(*qkv, prefill, decode, *seen, *tile, order)
+    from sparsefx.codegen.triton.attention import decode_skip  # imports Triton
+    from sparsefx.codegen.triton.attention import prefill as kernels
 
-    options = (("order", order),)
-    check_call(
-        handle, "skip_prefill", (block_q, block_k), options, q, k, v, mask, is_causal, window
-    )
-    if prefill.shape != (q.shape[1],):
-        raise ShapeMismatch(
-            name="prefill",
-            shape=tuple(prefill.shape),
-            rule=f"there are {q.shape[1]} heads",
-            remedy="Calibrate this model",
-        )
-    return kernels.skip_softmax(handle, q, k, v, mask, prefill, scale, window)
+    if single:
+        one = replace(made, kernel="decode_skip").handle
+        return decode_skip.run_counted(one, *qkv, decode, scale, window)[0]
+    return kernels.skip_softmax(handle, *qkv, prefill, scale, window)
 
 
 def block_attention(
@@ -103,15 +102,8 @@ def block_attention(
 
     check_call(handle, "block", (block_q, block_k), (), q, k, v, mask, is_causal, window)
     tiles = (-(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-    if keep.shape[2:] != tiles or any(
-        size not in (1, whole) for size, whole in zip(keep.shape[:2], q.shape[:2], strict=True)
-    ):
-        raise ShapeMismatch(
-            name="keep",
-            shape=tuple(keep.shape),
-            rule=f"the operands have [batch, heads, {tiles[0]}, {tiles[1]}] tiles",
-            remedy="Make the map from the lengths of this call",
-        )
+    check_shape("keep", keep, (*q.shape[:2], *tiles), leading=2)
+    check_dtype("keep", keep, torch.bool)
     return kernels.block_attention(handle, q, k, v, mask, keep, scale, window)
 
 
@@ -126,12 +118,13 @@ def check_call(
     mask: Tensor | None,
     is_causal: bool,
     window: int,
-) -> None:
-    """Raises InvalidHandle, DtypeMismatch, ShapeMismatch unless `handle` is made for this call."""
+) -> AttentionVariant:
+    """What `handle` names, made for this call; else InvalidHandle, DtypeMismatch, ShapeMismatch."""
     variant = AttentionVariant.parse(handle)
     if (variant.kernel, variant.tile, variant.options) != (kernel, tile, options):
         raise InvalidHandle(handle=handle, rule="the call is of another kernel, tile or order")
     variant.check(q, k, v, mask, is_causal, window)
+    return variant
 
 
 register("skip_softmax_prefill", "skip_softmax_attention", skip_softmax_prefill)

@@ -10,7 +10,13 @@ from triton.runtime import driver
 from sparsefx.attention.operators import attention_output
 from sparsefx.codegen.triton import loader
 from sparsefx.codegen.triton.attention import tiles
-from sparsefx.codegen.triton.attention.launch import Loaded, Sample, load, rows_contiguous
+from sparsefx.codegen.triton.attention.launch import (
+    Loaded,
+    Sample,
+    head_factors,
+    load,
+    rows_contiguous,
+)
 from sparsefx.codegen.triton.attention.variant import AttentionVariant
 from sparsefx.codegen.triton.loader import Call
 
@@ -58,7 +64,7 @@ def skip_softmax(
 ) -> Tensor:
     """Skip-softmax attention by the kernel that `handle` names; see `operators`.
 
-    factor: float32 [heads]. Raises InvalidHandle, or KernelBuildFailed where Triton refuses it.
+    factor: [heads]. Raises InvalidHandle, ShapeMismatch; KernelBuildFailed where Triton refuses it.
     """
     return _skip(handle, q, k, v, mask, factor, scale, window, None)
 
@@ -117,7 +123,7 @@ def skip_plan(
 ) -> Call:
     """The launch of a skip_prefill kernel; last dimensions contiguous, scale from 0 on."""
     form = form or form_for(loaded.variant, _arch())
-    operands = (q, k, v, _bytes(mask), factor.float().contiguous(), out, counts)
+    operands = (q, k, v, _bytes(mask), head_factors(factor, q), out, counts)
     numbers = (q.shape[2], k.shape[2], window, scale, *_strides(q, k, v, mask, out))
     options = {
         **loaded.constants,

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsefx.attention.operands import check_operands
 from sparsefx.codegen.triton.variant import DTYPES
-from sparsefx.errors import DtypeMismatch, InvalidHandle, ShapeMismatch
+from sparsefx.errors import InvalidHandle, ShapeMismatch
 from sparsefx.target import AttentionSpec
 
 MASKS = ("none", "bool", "float")
+LARGEST_GROUP = 64  # query heads of a KV head in a kernel of one query; more spill registers
 _HANDLE = re.compile(
     r"(?P<kernel>[a-z_]+) (?P<dtype>\w+) dim (?P<dim>\d+) group (?P<group>\d+) "
     r"tile (?P<rows>\d+)x(?P<keys>\d+) mask (?P<mask>\w+)"
@@ -97,20 +99,17 @@ class AttentionVariant:
     ) -> None:
         """Raises unless the operands of a call are what the kernel was built for.
 
-        DtypeMismatch for a dtype, ShapeMismatch for heads and head size, InvalidHandle for a mask,
-        a window or causality that the kernel does not have.
+        DtypeMismatch, ShapeMismatch (`attention.operands`, and heads that share a KV head);
+        InvalidHandle for a mask, a window or causality that the kernel does not have.
         """
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.dtype != self.dtype:
-                raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=self.dtype)
-            heads = tensor.shape[1] if name == "q" else tensor.shape[1] * self.group
-            if (heads, tensor.shape[3]) != (q.shape[1], self.head_dim):
-                raise ShapeMismatch(
-                    name=name,
-                    shape=tuple(tensor.shape),
-                    rule=f"the kernel was built for heads of {self.head_dim}, {self.group} to a KV",
-                    remedy="Compile the model again",
-                )
+        check_operands(q, k, v, mask, self.head_dim, self.dtype)
+        if q.shape[1] != k.shape[1] * self.group:
+            raise ShapeMismatch(
+                name="k",
+                shape=tuple(k.shape),
+                rule=f"the kernel was built for {self.group} query heads to a KV head",
+                remedy="Compile the model again",
+            )
         kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
         built = (self.mask, self.is_causal, self.is_windowed)
         if (kind, is_causal, window > 0) != built:

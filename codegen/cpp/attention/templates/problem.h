@@ -46,8 +46,11 @@ struct Problem {
     Value* out_row(int64_t b, int64_t h, int64_t i) const {
         return out + ((b * queries + i) * heads + h) * DIM;
     }
-    // ln(factor / keys), at most 0.
-    float log_lambda(int64_t h) const { return std::min(0.f, std::log(factor[h] / float(keys))); }
+    // ln(factor / keys), at most 0; NaN, with which no tile is skipped, for less than 0 and NaN.
+    float log_lambda(int64_t h) const {
+        const float exact = std::log(factor[h] / float(keys));
+        return exact > 0 ? 0 : exact;
+    }
 };
 
 // A score as the mask leaves it.

@@ -40,19 +40,21 @@ static float at_length(const Problem& p, const float* table, int64_t h, int64_t 
     return first + share * (second - first);
 }
 
-// What decides about the elements of a row, once its maximum, sum and visible keys are known.
+// What decides about the elements of a row, once its maximum, sum and visible keys are known. A row
+// whose softmax is NaN, because its maximum is NaN or +inf, keeps all, so that it stays NaN.
 struct Rule {
     float base, limit;  // what exponents are relative to; the threshold
     float unit;         // e^(score - base) times this is the probability
     Rule(const Problem& p, int64_t h, float top, float total, int64_t count)
         : base(top == NEVER ? 0 : top),
-          limit(count <= p.topk ? NEVER : at_length(p, p.theta, h, count)),
+          limit(count <= p.topk || !(top < INFINITY) ? NEVER : at_length(p, p.theta, h, count)),
           unit(total == 0 ? 1 : 1 / total) {}
 };
 
-// Which visible elements stay: those whose score or probability exceeds the limit, or is NaN.
+// Which visible elements stay: those whose score or probability exceeds the limit, or is NaN. None
+// exceeds a limit that is NaN.
 static inline Ints stays(Vec score, Vec compared, Vec limit) {
-    return (score != NEVER) & ~(compared <= limit);
+    return (score != NEVER) & ((compared > limit) | (compared != compared));
 }
 
 // What the kept weights are divided by.

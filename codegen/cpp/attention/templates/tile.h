@@ -172,8 +172,9 @@ static bool score_visible(const Problem& p, const RowTile& tile, int64_t c0, int
     const View view = shown(p, tile, c0, keys);
     if (view == View::NOTHING) return false;
     score(p, tile, c0, keys, work);
-    if (!all_visible(p, tile, c0, keys)) hide_by_place(p, tile, c0, keys, work.s);
     if (view == View::SOME) hide_by_mask(p, tile, c0, keys, work.s);
+    // Last: where the place hides a key, a mask of NaN or +inf must not show.
+    if (!all_visible(p, tile, c0, keys)) hide_by_place(p, tile, c0, keys, work.s);
     return true;
 }
 
