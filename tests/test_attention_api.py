@@ -164,6 +164,7 @@ def test_export(model: hf.LlamaForCausalLM, tmp_path: Path, form: str) -> None:
         calibration=batches(),
         form=form,
     )
+    assert "of an attention's output" in report.facts["largest change by thresholds on the example"]
     rows = [row for row in report.rows if row.op == "attention"]
     assert len(rows) == 2 and all("gains no time" in row.reason for row in rows)
     torch._dynamo.reset()

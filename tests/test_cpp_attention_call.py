@@ -149,8 +149,9 @@ def test_short_calls_go_dense_and_long_ones_warn() -> None:
     low, given = CASE.lower(), _given()
     q, k, v = (x for x in given[:3] if isinstance(x, Tensor))
     dense = dense_attention(q, k, v, None, True, 40**-0.5, 0)
-    assert torch.equal(low.op(*given, KEYS + 1, 0, low.handle), dense)
-    sparse = low.op(*given, KEYS, KEYS, low.handle)
+    length = q.shape[2]  # prefill is as long as the fewer of queries and keys
+    assert torch.equal(low.op(*given, length + 1, 0, low.handle), dense)
+    sparse = low.op(*given, length, KEYS, low.handle)
     assert not torch.equal(sparse, dense)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

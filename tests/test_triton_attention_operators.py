@@ -14,6 +14,7 @@ from sparsefx.attention.operators import SKIP_SOFTMAX
 from sparsefx.attention.route import BeyondCalibration
 from sparsefx.codegen.triton import ptx
 from sparsefx.codegen.triton.attention import launch
+from sparsefx.codegen.triton.attention.decode_kernels import TritonSkipDecode
 from sparsefx.codegen.triton.attention.kernels import (
     PREFILL_KERNELS,
     TritonBlock,
@@ -174,6 +175,10 @@ def test_malformed_operands_are_refused(index: int, value: object, rule: str) ->
     given = arguments(PAIR)
     with pytest.raises(ShapeMismatch, match=rule):
         lowered(PAIR).op(*replaced(given, index, value))
+    single = replace(PAIR, sizes=replace(PAIR.sizes, queries=1))
+    decode = TritonSkipDecode().lower(replace(single.spec("skip_softmax"), phase="decode"))
+    with pytest.raises(ShapeMismatch, match=rule):
+        decode.op(*replaced(arguments(single, handle=decode.handle), index, value))
     block = TritonBlock().lower(PAIR.spec("block"))
     seen = (True, PAIR.scale, 0, *PAIR.tile, 0, 0, block.handle)
     keep = torch.ones(1, 1, 2, 2, dtype=torch.bool)

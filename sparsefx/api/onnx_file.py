@@ -12,6 +12,7 @@ from sparsefx.api.plans import check_weights
 from sparsefx.api.sparse_model import check_calibration, decide
 from sparsefx.attention.operators import ATTENTION_OPS
 from sparsefx.attention.wanted import Wanted
+from sparsefx.codegen.onnx.at_work import effect_of_thresholds
 from sparsefx.codegen.onnx.attention_functions import GAINS_NOTHING
 from sparsefx.codegen.onnx.export import ExportFacts, blame
 from sparsefx.codegen.onnx.export import export as write_onnx
@@ -82,7 +83,17 @@ def export_onnx(
             check=check,
             progress=True,
         )
-    return _export_report(model, ctx, facts, seconds)
+        effect = effect_of_thresholds(gm, args, kwargs)
+    return _export_report(model, ctx, facts, seconds, effect)
+
+
+def _effect_fact(effect: float | None) -> dict[str, str]:
+    """Whether the check saw thresholds at work."""
+    if effect is None:
+        return {}
+    nothing = "none: too short to skip anything, so the check says nothing of the thresholds"
+    text = f"{effect:.3g} of an attention's output" if effect else nothing
+    return {"largest change by thresholds on the example": text}
 
 
 def _is_thresholded(gm: fx.GraphModule) -> bool:
@@ -91,7 +102,11 @@ def _is_thresholded(gm: fx.GraphModule) -> bool:
 
 
 def _export_report(
-    model: nn.Module, ctx: PassContext, facts: ExportFacts, seconds: float
+    model: nn.Module,
+    ctx: PassContext,
+    facts: ExportFacts,
+    seconds: float,
+    effect: float | None,
 ) -> Report:
     packed = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
     why = {"attention": GAINS_NOTHING}
@@ -115,6 +130,7 @@ def _export_report(
             "nodes": str(facts.nodes),
             "largest |onnxruntime - PyTorch|": error,
             "input shapes checked": str(len(facts.shapes)),
+            **_effect_fact(effect),
             "seconds in capture and passes": f"{seconds:.2f}",
             "seconds in export": f"{facts.seconds:.2f}",
         },

@@ -149,7 +149,8 @@ def _time(
     case = probe(spec, keys, spec.sparsity or 0.0, device)
 
     def dense(copy: timing.Copy) -> Tensor:
-        return dense_attention(*copy, case.mask, *case.seen)
+        q, k, v = copy
+        return dense_attention(q, k, v, case.mask, *case.seen)
 
     def sparse(copy: timing.Copy) -> Tensor:
         return _run(lowering, replace(case, q=copy[0], k=copy[1], v=copy[2]))

@@ -19,13 +19,15 @@ def scores(
 ) -> Tensor:
     """scale Q K^T + mask, [batch, heads, queries, keys]; -inf where a query does not see a key."""
     wide = _wide(q)
-    product = wide @ spread(_wide(k), q.shape[1]).transpose(-1, -2) * scale
+    product: Tensor = wide @ spread(_wide(k), q.shape[1]).transpose(-1, -2) * scale
     if mask is not None and mask.dtype != torch.bool:
         product = product + mask.to(product.dtype)
     elif mask is not None:
         product = product.masked_fill(~mask, _NEVER)
     visible = is_visible(q.shape[-2], k.shape[-2], is_causal, window, q.device)
-    return product if visible is None else product.masked_fill(~visible, _NEVER)
+    if visible is not None:
+        product = product.masked_fill(~visible, _NEVER)
+    return product
 
 
 def tile_maxima(s: Tensor, block_k: int) -> Tensor:
@@ -68,14 +70,15 @@ def kept_tiles(
     maxima = tile_maxima(s, block_k)
     depth = maxima - running_maxima(maxima, order)  # NaN where a score is NaN: stays
     limit = log_lambda(factor.to(s.dtype), s.shape[-1]).view(-1, 1, 1)
-    wanted = (maxima != _NEVER) & ~(depth < limit)
+    wanted: Tensor = (maxima != _NEVER) & ~(depth < limit)
     batch, heads, queries, tiles = wanted.shape
     if queries == 1:
         by_group = wanted.view(batch, kv_heads, heads // kv_heads, tiles).any(2, keepdim=True)
         return by_group.expand(batch, kv_heads, heads // kv_heads, tiles).reshape(wanted.shape)
     rows = -(-queries // block_q)
     padded = F.pad(wanted, (0, 0, 0, rows * block_q - queries), value=False)
-    return padded.unflatten(2, (rows, block_q)).any(3)
+    kept: Tensor = padded.unflatten(2, (rows, block_q)).any(3)
+    return kept
 
 
 def skip_softmax_attention(
