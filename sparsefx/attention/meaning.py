@@ -21,12 +21,12 @@ def scores(
     wide = _wide(q)
     product: Tensor = wide @ spread(_wide(k), q.shape[1]).transpose(-1, -2) * scale
     if mask is not None and mask.dtype != torch.bool:
-        product = product + mask.to(product.dtype)
+        product += mask.to(product.dtype)
     elif mask is not None:
-        product = product.masked_fill(~mask, _NEVER)
+        product.masked_fill_(~mask, _NEVER)
     visible = is_visible(q.shape[-2], k.shape[-2], is_causal, window, q.device)
     if visible is not None:
-        product = product.masked_fill(~visible, _NEVER)
+        product.masked_fill_(~visible, _NEVER)
     return product
 
 
