@@ -34,7 +34,8 @@ def tile_maxima(s: Tensor, block_k: int) -> Tensor:
     """Largest score of each row in each key tile: [..., keys] -> [..., tiles]; -inf if unseen."""
     tiles = -(-s.shape[-1] // block_k)
     padded = F.pad(s, (0, tiles * block_k - s.shape[-1]), value=_NEVER)
-    return padded.unflatten(-1, (tiles, block_k)).amax(-1)
+    maxima: Tensor = padded.unflatten(-1, (tiles, block_k)).amax(-1)
+    return maxima
 
 
 def running_maxima(maxima: Tensor, order: str) -> Tensor:
