@@ -104,6 +104,8 @@ def _table(cells: Sequence[Mapping[str, str]], frame: _Frame) -> str:
     for label in cells[0]:
         if label in _NUMBERS:
             table.add_column(label, justify="right", no_wrap=True)
+        elif label == "node":  # folded already: the other texts give way
+            table.add_column(label, no_wrap=True)
         else:
             table.add_column(label, overflow="fold", min_width=_FLOORS[label])
     for row in cells:

@@ -61,7 +61,7 @@ def test_probes_of_theta_and_block() -> None:
     assert isinstance(table, torch.Tensor)
     seen = s > -torch.inf
     assert float((s > table[0, 0]).sum() / seen.sum()) == pytest.approx(0.2, abs=0.07)
-    block = probe(replace(SPEC, method="block"), 400, 0.8, CPU)
+    block = probe(replace(SPEC, method="block", vary=True), 400, 0.8, CPU)
     keep = block.method[0]
     assert isinstance(keep, torch.Tensor) and keep.shape == (1, 2, 13, 25)
     assert float(keep.float().mean()) == pytest.approx(0.2, abs=0.15)
