@@ -23,15 +23,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
 
 from benchmarks import record
-from benchmarks.counted_attention import CountedAttention
+from benchmarks.counted_attention import counted
 from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
 from sparsefx import Recipe, SkipSoftmax, Theta
 from sparsefx.attention.spec import ORDERS, PER, TILES
 from sparsefx.attention.thresholds import AttentionThresholds, SkipThresholds
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention import calibrate_attention
-from sparsefx.calibrate.door import through_passes
-from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 
 CONTEXT = 2048
 
@@ -70,8 +68,7 @@ def evaluate(
     model: nn.Module, tokens: Tensor, thresholds: Mapping[str, AttentionThresholds]
 ) -> tuple[float, float]:
     """Perplexity over `tokens` under `thresholds` (dense without), and the share skipped."""
-    tiles = CountedAttention()
-    run = through_passes(model, (ThresholdSoftmax(Wanted(thresholds)), tiles))
+    run, tiles = counted(model, Wanted(thresholds))
     loss = perplexity(
         model, tokens, CONTEXT, logits=lambda ids: run(input_ids=ids, use_cache=False).logits
     )

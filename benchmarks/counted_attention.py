@@ -1,14 +1,20 @@
 """A pass that runs sparse attentions by the CPU kernels, at any length, and counts their tiles."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, fx
-from torch._ops import OpOverload
+from torch import Tensor, fx, nn
 
 from sparsefx.attention.operators import ATTENTION_OPS, SKIP_SOFTMAX
+from sparsefx.attention.wanted import Wanted
+from sparsefx.calibrate.door import Function, through_passes
 from sparsefx.codegen.cpp.attention.call import run_counted
 from sparsefx.codegen.cpp.attention.kernels import CppAttention
+from sparsefx.passes.detect import Detect
+from sparsefx.passes.lower_attention import SparseAttention
+from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 from sparsefx.pipeline import PassContext
-from sparsefx.target import AttentionLowering, AttentionSpec
+from sparsefx.target import AttentionLowering
 
 
 class CountedAttention:
@@ -19,7 +25,6 @@ class CountedAttention:
 
     def __init__(self) -> None:
         self.visible = self.computed = 0
-        self._lowered: dict[tuple[object, ...], AttentionLowering] = {}
         self._seen: dict[tuple[object, ...], int] = {}
 
     @property
@@ -31,61 +36,35 @@ class CountedAttention:
         """Replaces the operators of the graph; returns how many."""
         found = [node for node in gm.graph.nodes if node.target in ATTENTION_OPS]
         for node in found:
-            node.args = (node.target, *node.args)
-            node.target = self.run
+            spec = SparseAttention(gm, node, ctx).spec()
+            kernel = CppAttention(spec.method).lower(spec)
+            node.target = self._counting(kernel, node.target is SKIP_SOFTMAX)
         return len(found)
 
-    def run(self, op: OpOverload, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-        """The result of `op` on one call."""
-        lowering = self._kernel(op, q, k, rest)
-        tail = (0, 0, lowering.handle)
-        result, count = run_counted(lowering.op, q, k, v, *rest, *tail)
-        if op is SKIP_SOFTMAX:
-            self.computed += int(count.sum())
-            mask, prefill, decode, *others = rest
-            key = (q.shape, k.shape, *others)
-            if mask is not None or key not in self._seen:
-                nothing = (torch.zeros_like(prefill), torch.zeros_like(decode))  # type: ignore[call-overload]
-                whole = run_counted(lowering.op, q, k, v, mask, *nothing, *others, *tail)[1]
-                self._seen[key] = int(whole.sum())
-            self.visible += self._seen[key]
-        return result
+    def _counting(self, kernel: AttentionLowering, has_tiles: bool) -> Callable[..., Tensor]:
+        def run(*operands: object) -> Tensor:
+            result, count = run_counted(kernel.op, *operands, 0, 0, kernel.handle)
+            if has_tiles:
+                self.computed += int(count.sum())
+                self.visible += self._visible(kernel, operands)
+            return result
 
-    def _kernel(
-        self, op: OpOverload, q: Tensor, k: Tensor, rest: tuple[object, ...]
-    ) -> AttentionLowering:
-        mask = rest[0]
-        kind = "none" if not isinstance(mask, Tensor) else "float"
-        kind = "bool" if isinstance(mask, Tensor) and mask.dtype == torch.bool else kind
-        options = {
-            argument.name: value
-            for argument, value in zip(op._schema.arguments[3:], rest, strict=True)
-        }
-        is_theta = "theta" in options
-        spec = AttentionSpec(
-            method=op._schema.name.removeprefix("sparsefx::").removesuffix("_attention"),
-            phase="decode" if q.shape[2] == 1 else "prefill",
-            heads=q.shape[1],
-            kv_heads=k.shape[1],
-            head_dim=q.shape[3],
-            dtype=q.dtype,
-            mask=kind,
-            is_causal=bool(options["is_causal"]),
-            window=0,
-            tile=(0, 0) if is_theta else (options["block_q"], options["block_k"]),  # type: ignore[arg-type]
-            order=str(options.get("order", "")),
-            options=tuple(
-                str(options[name])
-                for name in ("topk", "placement", "denominator", "v_mean")
-                if name in options
-            ),
-            batch=q.shape[0],
-            queries=q.shape[2],
-            keys=k.shape[2],
-            vary=True,
-            sparsity=None,
-        )
-        key = (spec.method, spec.phase, spec.mask, spec.tile, spec.order, spec.options, q.shape[3])
-        if key not in self._lowered:
-            self._lowered[key] = CppAttention(spec.method).lower(spec)
-        return self._lowered[key]
+        return run
+
+    def _visible(self, kernel: AttentionLowering, operands: tuple[object, ...]) -> int:
+        """Tiles that thresholds of zero compute: all that are not masked."""
+        q, k, v, mask, prefill, decode, *others = operands
+        assert all(isinstance(each, Tensor) for each in (q, k, prefill, decode))
+        key = (q.shape, k.shape, *others)  # type: ignore[attr-defined]  # tensors, see above
+        if mask is not None or key not in self._seen:
+            nothing = (torch.zeros_like(prefill), torch.zeros_like(decode))  # type: ignore[call-overload]
+            whole = (q, k, v, mask, *nothing, *others, 0, 0, kernel.handle)
+            self._seen[key] = int(run_counted(kernel.op, *whole)[1].sum())
+        return self._seen[key]
+
+
+def counted(model: nn.Module, wanted: Wanted) -> tuple[Function, CountedAttention]:
+    """The model's call with `wanted` at work by the CPU kernels, no guard, and what they count."""
+    tiles = CountedAttention()
+    passes = (Detect(attention=True), ThresholdSoftmax(wanted), tiles)
+    return through_passes(model, passes), tiles

@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 class SaliencyHead(nn.Module):
-    """Three transposed convolutions from the 16 x 16 patch grid to 128 x 128, then one channel."""
+    """Three transposed convolutions from the patch grid to 8 times its sides, then one channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class SaliencyHead(nn.Module):
         self.final_conv = nn.Conv2d(64, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, 384, 16, 16] -> logits [batch, 1, 128, 128]."""
+        """[batch, 384, grid, grid] -> logits [batch, 1, 8 grid, 8 grid]."""
         x = functional.relu(self.bn1(self.upconv1(x)))
         x = functional.relu(self.bn2(self.upconv2(x)))
         x = functional.relu(self.bn3(self.upconv3(x)))
@@ -90,31 +90,32 @@ class SaliencyHead(nn.Module):
 
 
 class DinoV2Saliency(nn.Module):
-    """DINOv2-S/14 and a saliency head, for images of 224 x 224."""
+    """DINOv2-S/14 and a saliency head, for images of grid x grid patches of 14 x 14 pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: int = GRID) -> None:
         super().__init__()
+        self.grid = grid
         self.projection = nn.Conv2d(3, WIDTH, PATCH, stride=PATCH)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + GRID * GRID, WIDTH))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + grid * grid, WIDTH))
         self.layer = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.layernorm = nn.LayerNorm(WIDTH, eps=1e-6)
         self.decoder = SaliencyHead()
 
     def forward(self, image: Tensor) -> Tensor:
-        """[batch, 3, 224, 224], ImageNet-normalised -> saliency in (0, 1), [batch, 1, 224, 224]."""
+        """[batch, 3, 14 grid, 14 grid], ImageNet-normalised -> saliency in (0, 1), one channel."""
         patches = self.projection(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches], 1) + self.positions
         for layer in self.layer:
             x = layer(x)
-        features = self.layernorm(x)[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
+        features = self.layernorm(x)[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
         logits = functional.interpolate(
             self.decoder(features), size=image.shape[-2:], mode="bilinear"
         )
         return logits.sigmoid()
 
 
-def load(path: Path) -> DinoV2Saliency:
+def load(path: Path, grid: int = GRID) -> DinoV2Saliency:
     """The network with the weights of an ONNX file; raises if one is missing or left over."""
     graph = onnx.load(path).graph
     stored = {item.name: item for item in graph.initializer}
@@ -124,8 +125,10 @@ def load(path: Path) -> DinoV2Saliency:
         if node.op_type == "MatMul" and node.input[1] in stored:
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"
             state[_renamed(name)] = _tensor(stored[node.input[1]]).T.contiguous()
-    state["positions"] = _positions(*(_tensor(stored[name]) for name in _position_names(graph)))
-    model = DinoV2Saliency()
+    state["positions"] = _positions(
+        *(_tensor(stored[name]) for name in _position_names(graph)), grid
+    )
+    model = DinoV2Saliency(grid)
     batches = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
     model.load_state_dict(state | {name: torch.tensor(0) for name in batches})
     return model.eval()
@@ -149,9 +152,9 @@ def _position_names(graph: onnx.GraphProto) -> tuple[str, str]:
     return nodes[embeddings + "Concat_6"].input[0], nodes[embeddings + "Reshape_1"].input[0]
 
 
-def _positions(first: Tensor, table: Tensor) -> Tensor:
-    """The class token's position and the trained table resized to 16 x 16: [1, 257, 384]."""
+def _positions(first: Tensor, table: Tensor, grid: int) -> Tensor:
+    """The class token's position and the trained table, resized: [1, 1 + grid * grid, 384]."""
     side = int(table.shape[1] ** 0.5)
     square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = functional.interpolate(square, size=(GRID, GRID), mode="bicubic")
+    resized = functional.interpolate(square, size=(grid, grid), mode="bicubic")
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], 1)

@@ -86,9 +86,12 @@ def sentence_vectors(
     return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def dinov2_small() -> dinov2.DinoV2Saliency:
-    """DINOv2 ViT-S/14 with a saliency head, float32; input [batch, 3, 224, 224]."""
-    return dinov2.load(dinov2_file())
+def dinov2_small(grid: int = dinov2.GRID) -> dinov2.DinoV2Saliency:
+    """DINOv2 ViT-S/14 with a saliency head, float32; input [batch, 3, 14 * grid, 14 * grid].
+
+    grid: 16 as in the file it is read from (257 tokens), 37 as it was trained (1,370 tokens).
+    """
+    return dinov2.load(dinov2_file(), grid)
 
 
 def dinov2_file() -> Path:
@@ -109,11 +112,10 @@ def efficientnet_lite0() -> nn.Module:
     return model.eval()
 
 
-def imagenet_samples() -> tuple[Tensor, Tensor]:
-    """20 ImageNet photographs as EfficientNet-lite0 takes them, and their class numbers.
+def photographs(size: int = 224) -> tuple[Tensor, Tensor]:
+    """20 ImageNet photographs, uint8 [20, 3, size, size], and their class numbers, int64 [20].
 
-    Float32 [20, 3, 224, 224] (short side to 256, centre crop, `(x - 127) / 128`) and int64 [20].
-    Needs Pillow.
+    The short side is resized to size * 256 / 224, the centre cropped. Needs Pillow.
     """
     from PIL import Image  # only here: nothing else needs it
 
@@ -124,14 +126,29 @@ def imagenet_samples() -> tuple[Tensor, Tensor]:
     images = []
     for file in files:
         with Image.open(file) as photo:
-            scale = 256 / min(photo.size)
-            size = (round(photo.width * scale), round(photo.height * scale))
-            resized = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-        top, left = (resized.shape[0] - 224) // 2, (resized.shape[1] - 224) // 2
-        pixels = torch.from_numpy(resized[top : top + 224, left : left + 224].astype(np.float32))
-        images.append((pixels.permute(2, 0, 1) - 127) / 128)
+            scale = size * 256 / 224 / min(photo.size)
+            wide, high = (round(side * scale) for side in photo.size)
+            resized = np.asarray(
+                photo.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
+            )
+        top, left = (high - size) // 2, (wide - size) // 2
+        pixels = torch.from_numpy(resized[top : top + size, left : left + size].copy())
+        images.append(pixels.permute(2, 0, 1))
     labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
     return torch.stack(images), torch.tensor(labels)
+
+
+def imagenet_samples() -> tuple[Tensor, Tensor]:
+    """`photographs` for EfficientNet-lite0, float32 (x - 127) / 128, and their classes."""
+    images, labels = photographs(224)
+    return (images.float() - 127) / 128, labels
+
+
+def dinov2_samples(grid: int = dinov2.GRID) -> Tensor:
+    """`photographs` as `dinov2_small(grid)` takes them: float32, ImageNet mean and deviation."""
+    images, _ = photographs(14 * grid)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    return (images.float() / 255 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
 
 def wikipedia_text() -> str:

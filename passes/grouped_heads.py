@@ -1,9 +1,9 @@
 """K and V whose heads are repeated again, where torch's dense attention is faster that way."""
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from sparsefx.rewrite import Site
+from sparsefx.rewrite import Site, tensor_of
 from sparsefx.shapes import hint
 
 _repeat = torch.ops.aten.repeat_interleave.self_int
@@ -17,10 +17,10 @@ def for_dense(
     The fast backends on CUDA take a mask or groups, not both, which is why models repeat the heads
     beside a mask; on CPU groups are the faster form with and without one.
     """
-    heads, kv_heads = (hint(_value(each).shape[1]) for each in (q, k))
+    heads, kv_heads = (hint(tensor_of(each).shape[1]) for each in (q, k))
     if heads == kv_heads:
         return k, v, False
-    if not has_mask or _value(q).device.type != "cuda":
+    if not has_mask or tensor_of(q).device.type != "cuda":
         return k, v, True
     first, second = (_repeated(site, each, heads // kv_heads) for each in (k, v))
     return first, second, False
@@ -29,11 +29,5 @@ def for_dense(
 def _repeated(site: Site, heads: fx.Node, times: int) -> fx.Node:
     node = site.call(_repeat, heads, times, 1)
     node.meta.pop("sparsefx_row", None)
-    node.meta["val"] = _value(heads).repeat_interleave(times, 1)
+    node.meta["val"] = tensor_of(heads).repeat_interleave(times, 1)
     return node
-
-
-def _value(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument
 
@@ -22,8 +22,8 @@ from sparsefx.attention.operators import ATTENTION_OPS, SKIP_SOFTMAX
 from sparsefx.errors import KernelBuildFailed
 from sparsefx.passes.grouped_heads import for_dense
 from sparsefx.pipeline import PassContext
-from sparsefx.rewrite import Site, arguments, erase
-from sparsefx.shapes import hint, varies
+from sparsefx.rewrite import Site, arguments, erase, tensor_of
+from sparsefx.shapes import always_one, hint, varies
 from sparsefx.target import AttentionKernel, AttentionLowering, AttentionSpec, Target
 
 aten = torch.ops.aten
@@ -78,15 +78,14 @@ class SparseAttention:
     def spec(self) -> AttentionSpec:
         """What kernels may know of it."""
         values = self.values
-        q, k = _value(values["q"]), _value(values["k"])
+        q, k = tensor_of(values["q"]), tensor_of(values["k"])
         sizes = (q.shape[0], q.shape[2], k.shape[2])
         is_skip = self.node.target is SKIP_SOFTMAX
         options = ("topk", "placement", "denominator", "v_mean")
         tile = (values.get("block_q", 0), values.get("block_k", 0))
-        is_decode = not varies(sizes[1]) and hint(sizes[1]) == 1
         return AttentionSpec(
             method=self.method,
-            phase="decode" if is_decode else "prefill",
+            phase="decode" if always_one(sizes[1]) else "prefill",
             heads=hint(q.shape[1]),
             kv_heads=hint(k.shape[1]),
             head_dim=hint(q.shape[3]),
@@ -185,14 +184,7 @@ def dense_form(found: SparseAttention) -> fx.Node:
 def _mask_kind(mask: object) -> str:
     if not isinstance(mask, fx.Node):
         return "none"
-    return "bool" if mask.meta["val"].dtype == torch.bool else "float"
-
-
-def _value(node: object) -> Tensor:
-    assert isinstance(node, fx.Node)
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
+    return "bool" if tensor_of(mask).dtype == torch.bool else "float"
 
 
 def _replace(found: SparseAttention, replacement: fx.Node) -> None:

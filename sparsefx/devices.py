@@ -6,10 +6,12 @@ Core GPU" (2021), "NVIDIA H100 Tensor Core GPU" (2023), "NVIDIA H200 Tensor Core
 """
 
 import functools
+import importlib.util
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -102,6 +104,21 @@ def device_key(device: torch.device | str) -> str:
         return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
     model, features = _cpu_model()
     return f"{model}, {features} features, {torch.get_num_threads()} threads"
+
+
+def surroundings(device: torch.device | str) -> dict[str, str]:
+    """All that a timing depends on beside the kernel: device, threads, versions."""
+    return {
+        "device": device_key(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": str(torch.__version__),
+        "triton": _triton_version(),
+    }
+
+
+@functools.cache
+def _triton_version() -> str:
+    return version("triton") if importlib.util.find_spec("triton") else ""
 
 
 def last_level_cache(device: torch.device | str) -> int:

@@ -5,11 +5,9 @@ which does the epilogue too, must beat a lower bound of the dense cost. docs/gua
 """
 
 import functools
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,22 +16,12 @@ from torch import Tensor
 
 from sparsefx import devices, diskcache, epilogue, timing
 from sparsefx.cost import linear_cost
-from sparsefx.devices import device_key as device_key
-from sparsefx.errors import KernelRunFailed
+from sparsefx.kernel_check import attempt, compare
 from sparsefx.target import LinearSpec, Lowering
 
 # A kernel wins if it takes less than this share of the dense time: the medians of two equal kernels
 # differ by up to some 2 % between runs, and a tie is not worth a generated kernel.
 MARGIN = 0.97
-
-# Largest |sparse - dense| over largest |dense|. Both sum in float32 in another order and round the
-# result once, and once more for each step of the epilogue: a few units of the dtype's last place.
-ERROR_BOUNDS = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 2e-2,
-}
 
 # Verdicts on rows that vary must hold at `rows` and at this many times `rows`.
 ROWS_FACTOR = 4
@@ -219,24 +207,8 @@ def _compare(case: _Case, device: torch.device, scale: float) -> Verdict:
 def _check(case: _Case) -> tuple[float | None, str]:
     """The error of the kernel against dense with the epilogue, and its fault or ""."""
     expected = epilogue.apply(case.dense(case.weight), case.spec.epilogue, case.extras)
-    try:
-        result = case.sparse(case.lowering.packed)
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
-    except Exception as cause:  # a generated kernel may fail in any way; the model must still run
-        rule = f"{type(cause).__name__}: {cause}"
-        raise KernelRunFailed(kernel=case.lowering.handle, rule=rule) from cause
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return None, "the sparse kernel returns another shape or dtype than dense"
-    wide = torch.promote_types(expected.dtype, torch.float32)
-    expected, result = expected.to(wide), result.to(wide)
-    size = float(expected.abs().max()) if expected.numel() else 0.0
-    gap = float((result - expected).abs().max()) if expected.numel() else 0.0
-    error = gap / size if size else gap
-    if not error < float("inf"):  # NaN included
-        return None, "the sparse kernel or dense gives NaN or infinity on random input"
-    bound = ERROR_BOUNDS.get(case.spec.dtype, ERROR_BOUNDS[torch.bfloat16])
-    return error, "" if error <= bound else "the sparse kernel computes wrong numbers"
+    result = attempt(case.lowering.handle, lambda: case.sparse(case.lowering.packed))
+    return compare(result, expected, case.spec.dtype)
 
 
 def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str, str]:
@@ -246,18 +218,9 @@ def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str
         "op": str(lowering.op),
         "handle": lowering.handle,
         "kernel": lowering.text,
-        "device": device_key(device),
-        "threads": str(torch.get_num_threads()),
-        "torch": str(torch.__version__),
-        "triton": triton_version(),
+        **devices.surroundings(device),
         "protocol": _PROTOCOL,
     }
-
-
-@functools.cache
-def triton_version() -> str:
-    """The version of Triton, "" where there is none."""
-    return version("triton") if importlib.util.find_spec("triton") else ""
 
 
 @functools.cache

@@ -108,6 +108,14 @@ class Rule:
     build: Build
 
 
+def tensor_of(node: object) -> Tensor:
+    """The example tensor of an operand that is one; its sizes may be symbols."""
+    assert isinstance(node, fx.Node)
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
 def arguments(node: fx.Node) -> tuple[Argument, ...]:
     """The positional arguments of an overload call, with keywords and defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]

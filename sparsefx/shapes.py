@@ -15,6 +15,11 @@ def varies(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not bool(size.node.expr.is_number)
 
 
+def always_one(size: int | torch.SymInt) -> bool:
+    """Whether every call of the graph has the size 1: as queries, decode."""
+    return not varies(size) and hint(size) == 1
+
+
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Equal for certain: symbols by expression, without installing a guard."""
     first, second = (

@@ -11,6 +11,7 @@ from sparsefx import graph
 from sparsefx.api.plans import check_weights
 from sparsefx.api.sparse_model import check_calibration, decide
 from sparsefx.attention.operators import ATTENTION_OPS
+from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
 from sparsefx.codegen.onnx.at_work import effect_of_thresholds
 from sparsefx.codegen.onnx.attention_functions import GAINS_NOTHING
@@ -22,8 +23,6 @@ from sparsefx.passes import pipelines
 from sparsefx.pipeline import PassContext, run
 from sparsefx.report import Report
 from sparsefx.spec import Recipe
-
-_TILE = (64, 64)
 
 
 def export_onnx(
@@ -62,7 +61,7 @@ def export_onnx(
     pipelines.check_skipped()
     wanted = Wanted()
     if recipe is not None:
-        model, wanted = decide(model, recipe, batches, _TILE)
+        model, wanted = decide(model, recipe, batches, default_tile("cpu"))
     kwargs = dict(kwargs or {})
     started = time.perf_counter()
     with inferring(model):
@@ -83,7 +82,7 @@ def export_onnx(
             check=check,
             progress=True,
         )
-        effect = effect_of_thresholds(gm, args, kwargs)
+        effect = effect_of_thresholds(gm, args, kwargs) if check else None
     return _export_report(model, ctx, facts, seconds, effect)
 
 

@@ -53,7 +53,8 @@ def sparsify(
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
     batches = check_calibration(calibration)
     check_data(recipe, batches)
-    later = inplace and recipe.attention is not None  # calibration may fail: prune a copy first
+    # Calibration may fail: prune a copy first.
+    later = inplace and bool(recipe.weights) and recipe.attention is not None
     pruned = prune_weights(model, recipe, inplace=inplace and not later, progress=progress)
     wanted = calibrated(
         pruned, recipe, batches, default_tile(device_type(model)), progress=progress, state=state

@@ -19,8 +19,8 @@ from sparsefx.attention import meaning
 from sparsefx.attention.dense import dense_attention
 from sparsefx.attention.probe import Probe, probe
 from sparsefx.cost import sparse_attention_cost
-from sparsefx.errors import KernelRunFailed
-from sparsefx.guard import ERROR_BOUNDS, MARGIN, triton_version
+from sparsefx.guard import MARGIN
+from sparsefx.kernel_check import attempt, compare
 from sparsefx.target import AttentionLowering, AttentionSpec
 
 SHORTEST = 512
@@ -170,19 +170,7 @@ def _fault(spec: AttentionSpec, lowering: AttentionLowering, device: torch.devic
     """What is wrong with the kernel's numbers on a small input, or ""."""
     case = probe(spec, CHECKED, spec.sparsity or 0.0, device)
     expected = getattr(meaning, f"{spec.method}_attention")(*case.arguments)
-    try:
-        result = _run(lowering, case)
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
-    except Exception as cause:  # a generated kernel may fail in any way; the model must still run
-        rule = f"{type(cause).__name__}: {cause}"
-        raise KernelRunFailed(kernel=lowering.handle, rule=rule) from cause
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return "the sparse kernel returns another shape or dtype than its meaning"
-    gap = float((result.double() - expected.double()).abs().max())
-    size = float(expected.double().abs().max())
-    bound = ERROR_BOUNDS.get(spec.dtype, ERROR_BOUNDS[torch.bfloat16])
-    return "" if gap <= bound * size else "the sparse kernel computes wrong numbers"
+    return compare(attempt(lowering.handle, lambda: _run(lowering, case)), expected, spec.dtype)[1]
 
 
 def _key(spec: AttentionSpec, lowering: AttentionLowering, device: torch.device) -> dict[str, str]:
@@ -194,10 +182,7 @@ def _key(spec: AttentionSpec, lowering: AttentionLowering, device: torch.device)
         "lengths": json.dumps(lengths(spec)),
         "op": str(lowering.op),
         "kernel": lowering.text,
-        "device": devices.device_key(device),
-        "threads": str(torch.get_num_threads()),
-        "torch": str(torch.__version__),
-        "triton": triton_version(),
+        **devices.surroundings(device),
         "protocol": f"attention {_PROTOCOL}",
     }
 

@@ -11,7 +11,7 @@ from torch import fx
 from sparsefx.attention.sources import cross_attention
 from sparsefx.candidates import ATTENTION, attention_path, candidates
 from sparsefx.rewrite import Decline, arguments
-from sparsefx.shapes import hint, same, varies
+from sparsefx.shapes import always_one, hint, same, varies
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,7 @@ class AttentionSite:
     @property
     def is_decode(self) -> bool:
         """Whether the graph has one query, whatever its other sizes."""
-        queries = self.q.meta["val"].shape[-2]
-        return not varies(queries) and hint(queries) == 1
-
-    @property
-    def mask_kind(self) -> str:
-        """ "none", "bool" or "float"."""
-        if self.mask is None:
-            return "none"
-        return "bool" if self.mask.meta["val"].dtype == torch.bool else "float"
+        return always_one(self.q.meta["val"].shape[-2])
 
 
 def attention_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
