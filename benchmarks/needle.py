@@ -34,7 +34,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth to compare
 class Prompt:
     """Token ids [1, length] that end in the answer, of which the last `answer` are the code."""
 
