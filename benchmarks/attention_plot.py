@@ -20,8 +20,9 @@ def curves(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
     for path in paths:
         for result in json.loads(path.read_text())["results"]:
             if result["method"] == "skip":
-                per = "a factor per head" if result["per"] == "head" else "one factor (the paper)"
+                per = "a factor per head" if result["per"] == "head" else "one factor"
                 name = f"{per}, {result['order'].replace('_', ' + ')}"
+                name += " (the paper)" if name == "one factor, ascending" else ""
                 found[name].append((result["evaluated"], result["rise"]))
     return {name: sorted(points) for name, points in found.items()}
 

@@ -142,7 +142,10 @@ def main() -> None:
     held_out = evaluation_tokens(tokenizer, args.windows * CONTEXT)
     results = measure(model, batches, held_out, args)
     if args.json:
-        options = {key: str(value) for key, value in vars(args).items()}
+        options = {
+            key: value.name if isinstance(value, Path) else str(value)
+            for key, value in vars(args).items()
+        }
         record.write(args.json, options, [asdict(result) for result in results])
 
 
