@@ -154,7 +154,7 @@ class InvalidSetting(SparseFXError, ValueError):
 class InvalidReport(SparseFXError, ValueError):
     """A JSON report that cannot be read."""
 
-    message = "report {path}: {rule}. Write it again with Report.to_json"
+    message = "report {path}: {rule}. Write it again with to_json"
 
 
 class UnreadableModel(SparseFXError, ValueError):
@@ -230,11 +230,11 @@ class HeadsMismatch(SparseFXError, ValueError):
 
 
 class MissingCalibration(SparseFXError, ValueError):
-    """Thresholds were asked for and there is nothing to find them on."""
+    """Something was asked for that is found on data, and there are none."""
 
     message = (
-        "{what} is found on data: pass calibration=, batches of inputs of the model, "
-        "or SkipSoftmax(scale_factor=...) with factors that you know"
+        "{what} is found on data: pass calibration=, batches of inputs of the model, or ask for "
+        "something that needs none, such as Magnitude, or SkipSoftmax(scale_factor=...)"
     )
 
 
@@ -262,3 +262,111 @@ class ForeignCalibration(SparseFXError, ValueError):
     """A state file of calibration that does not belong to this calibration."""
 
     message = "state {path}: {rule}. Pass another path, or delete the file to start over"
+
+
+class InvalidAllocation(SparseFXError, ValueError):
+    """A way to spread a budget over layers whose own numbers make no sense."""
+
+    message = "{what} is no way to spread a budget over layers: {rule}. {remedy}"
+
+
+class ImpossibleBudget(SparseFXError, ValueError):
+    """A budget that no choice for the layers can meet."""
+
+    message = "the budget cannot be met: {rule}. {remedy}"
+
+
+class NonFiniteLoss(SparseFXError, ValueError):
+    """A loss, asked for a layer's importance, that is NaN or infinite."""
+
+    message = (
+        "the loss is {loss} on batch {batch} with {name} perturbed by {epsilon}: look for bad "
+        "inputs, or pass a smaller epsilon. The model is unchanged"
+    )
+
+
+class InvalidCriterion(SparseFXError, ValueError):
+    """A pruning criterion whose own numbers make no sense."""
+
+    message = "{criterion} is not a valid criterion: {rule}. Its defaults are a good start"
+
+
+class MissingStatistics(MissingCalibration):
+    """A criterion that is decided from data was asked for without the data."""
+
+    message = (
+        "{what} is decided from a layer's inputs and has no {missing} of them: "
+        "pass calibration=, batches of inputs of the model, to sparsefx.sparsify"
+    )
+
+
+class NonFiniteStatistics(SparseFXError, ValueError):
+    """Statistics of a layer's input that are NaN or infinite."""
+
+    message = (
+        "the {statistic} of the layer's inputs are NaN or infinite: "
+        "look for bad weights in the layers before it, or bad calibration inputs"
+    )
+
+
+class SingularHessian(SparseFXError, ArithmeticError):
+    """A Hessian X^T X that cannot be factorised, whatever the damping that was tried."""
+
+    message = (
+        "X^T X of the layer's inputs has no Cholesky factor, even with {damp:g} times its mean "
+        "diagonal added; pass more calibration data, or a larger damp"
+    )
+
+
+class NonFiniteActivation(SparseFXError, ValueError):
+    """Calibration data on which a layer's input has NaN or infinite values."""
+
+    message = (
+        "the input of {name} has NaN or infinite values on calibration batch {batch} (from 0): "
+        "look for bad weights in the layers before it, or bad inputs"
+    )
+
+
+class UnobservedLayer(SparseFXError, ValueError):
+    """Layers whose statistics were asked for and that no calibration batch runs."""
+
+    message = (
+        "no calibration batch runs {names} as a linear or a 2-d convolution, so nothing is known "
+        "of their inputs; exclude them (a glob that maps to None), or pass batches that reach them"
+    )
+
+
+class NotCapturable(SparseFXError, RuntimeError):
+    """A model that torch.export cannot capture with a calibration batch."""
+
+    message = (
+        "torch.export cannot capture {model} with calibration batch {batch} (from 0): {rule}. "
+        "Call the model with that batch first; if it runs, its control flow depends on the data"
+    )
+
+
+class PeerFailed(SparseFXError, RuntimeError):
+    """Another process of a distributed calibration failed, or is doing something else."""
+
+    message = (
+        "{rule}: all processes need the same model, recipe and options, and at least one batch "
+        "each; look at the first error of the other processes"
+    )
+
+
+class InvalidOrder(SparseFXError, ValueError):
+    """An order of channels that would change what the model computes."""
+
+    message = (
+        "the order is not one of the {channels} channels that {name} reads, or moves some out of "
+        "the block in which they may change places; pass the order found for this very coupling"
+    )
+
+
+class NonFiniteMetric(SparseFXError, ValueError):
+    """A metric that gives no number for the dense model, with which others are compared."""
+
+    message = (
+        "the metric of the dense {model} is {value}: it must be a finite number, lower for a "
+        "better model; look for bad inputs or bad weights"
+    )

@@ -62,18 +62,18 @@ def _writes(overload: OpOverload) -> bool:
 
 def changed_in_graph(weight: fx.Node) -> bool:
     """Whether a weight, or a view of it, may be written to in its own graph."""
-    address = _storage(weight.meta.get("example_value"))
+    address = storage_of(weight.meta.get("example_value"))
     views = [weight]
     while views:
         for user in views.pop().users:
             if mutates(user):
                 return True
-            if address is not None and _storage(user.meta.get("example_value")) == address:
+            if address is not None and storage_of(user.meta.get("example_value")) == address:
                 views.append(user)
     return False
 
 
-def _storage(value: object) -> int | None:
+def storage_of(value: object) -> int | None:
     """Identity of a tensor's storage; fake tensors have one too."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None

@@ -1,18 +1,18 @@
 """Calibration of attention: one dense pass over the data, then thresholds under a budget."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sparsefx.attention.spec import AttentionPattern, SkipSoftmax, Theta
 from sparsefx.attention.thresholds import AttentionThresholds
 from sparsefx.calibrate import state as states
+from sparsefx.calibrate.digest import digest
 from sparsefx.calibrate.door import call_with, through_passes
 from sparsefx.calibrate.observe import ObserveAttention
 from sparsefx.calibrate.skips import LEAST_TILES
@@ -79,8 +79,8 @@ def survey_attention(
 ) -> Survey:
     """The pass over the data of `calibrate_attention`, of which any goal can be answered."""
     survey = Survey(recipe, tile)
-    digest = _digest(model, recipe, prepare, tile)
-    saved = None if state is None else states.read(state, digest)
+    identity = _digest(model, recipe, prepare, tile)
+    saved = None if state is None else states.read(state, identity)
     if saved is not None:
         survey.restore(saved)
     function = through_passes(model, (*prepare, ObserveAttention(survey.watch)))
@@ -93,7 +93,7 @@ def survey_attention(
             call_with(function, last)
             survey.batch = number + 1
             if state is not None:
-                states.write(state, digest, survey.saved())
+                states.write(state, identity, survey.saved())
         if not survey.batch:
             raise EmptyCalibration()
         _check(survey, recipe, type(model).__name__)
@@ -125,18 +125,12 @@ def _digest(
     """Of what the statistics depend on: a sample of each weight stands for it; not of the data."""
     attention = recipe.attention
     asked = attention if isinstance(attention, Mapping) else {"*": attention}
-    weights = [
-        f"{name} {tuple(each.shape)} {each.dtype} {_sample(each)}"
-        for name, each in model.named_parameters()
-    ]
-    text = [
-        type(model).__qualname__,
+    text = (
         str(tile),
         *(f"{key} {_basis(spec)!r}" for key, spec in asked.items()),
         *(each.name for each in prepare),
-        *weights,
-    ]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+    )
+    return digest(model, text)
 
 
 def _basis(spec: AttentionPattern | None) -> object:
@@ -144,10 +138,3 @@ def _basis(spec: AttentionPattern | None) -> object:
     if isinstance(spec, SkipSoftmax):
         return ("skip", spec.tile, spec.order, spec.factors)
     return replace(spec, deviations=0.0) if isinstance(spec, Theta) else None
-
-
-def _sample(weight: Tensor) -> list[float]:
-    """Values from all over a weight."""
-    flat = weight.detach().flatten()
-    values: list[float] = flat[:: max(flat.numel() // 16, 1)].double().tolist()
-    return values

@@ -1,0 +1,65 @@
+"""A calibration batch as the arguments of a call, and the model's graph for it."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from sparsefx.entry import shell
+from sparsefx.errors import NotCapturable, UnknownOption
+from sparsefx.graph import capture
+
+
+@dataclass(frozen=True)
+class Given:
+    """A batch as arguments, their leaves, and what a graph is captured for."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    leaves: list[object]
+    signature: str
+
+
+def arguments_of(batch: object) -> Given:
+    """A batch as a call. Raises UnknownOption for what is none."""
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    elif isinstance(batch, tuple | list):
+        args = tuple(batch)
+    elif isinstance(batch, Tensor):
+        args = (batch,)
+    else:
+        known = "a tensor, a tuple of positional or a dict of keyword arguments"
+        raise UnknownOption(option="a calibration batch", value=batch, known=known)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    described = [
+        f"{leaf.dtype}{list(leaf.shape)}@{leaf.device}" if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    ]
+    return Given(args, kwargs, leaves, f"{spec} {described}")
+
+
+def captured(model: nn.Module, given: Given, number: int = 0) -> fx.GraphModule:
+    """The graph of one signature, whose outputs are tensors only: caches are of no use here.
+
+    `number` is the batch's, for errors. Raises NotCapturable.
+    """
+    twin = shell(model)
+
+    @functools.wraps(model.forward)
+    def forward(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        leaves = pytree.tree_leaves(model.forward(*args, **kwargs))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    twin.__dict__["forward"] = forward
+    try:
+        return capture(twin, given.args, given.kwargs)
+    except Exception as error:  # torch.export, and the model in it, raise anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        rule = f"{type(error).__name__}: {reason}"
+        name = type(model).__name__
+        raise NotCapturable(model=name, batch=number, rule=rule) from error
