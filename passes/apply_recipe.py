@@ -13,6 +13,7 @@ from sparsefx.attributes import count_nonfinite
 from sparsefx.candidates import Candidate, candidates, parameter_name, stored_weight
 from sparsefx.errors import NonFiniteWeight, PatternDoesNotFit
 from sparsefx.pipeline import PassContext
+from sparsefx.prune.solve import solve
 from sparsefx.rewrite import Site
 from sparsefx.spec import Pattern, Recipe
 
@@ -82,6 +83,5 @@ def _kept(candidate: Candidate, pattern: Pattern) -> Tensor:
         raise PatternDoesNotFit(pattern=pattern, name=name, shape=shape, rule=misfit)
     if bad := count_nonfinite(weight):
         raise NonFiniteWeight(name=name, count=bad)
-    keep = pattern.keep(pattern.criterion.scores(weight))
-    kept = torch.where(keep, weight, 0)
+    kept = torch.where(solve(weight, pattern, {}).keep, weight, 0)
     return kept.t() if candidate.transposed else kept

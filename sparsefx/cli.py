@@ -40,15 +40,19 @@ a recipe names weights, and attentions, by glob; the first one that matches deci
   m = 4
   [[weights]]
   match = "*.self_attn.*"
-  pattern = "unstructured"    # or "block" (rows, cols, sparsity), or "dense"
+  pattern = "unstructured"    # or "block" (rows, cols, sparsity), "rows", "columns", "dense"
   sparsity = 0.5
+  criterion = "sparsegpt"     # or "wanda", "dsnot", "random", "magnitude" (default)
+  [allocation]
+  method = "owl"              # or erk, zerothorder, globalmagnitude, knapsack: spreads the budget
   [[attention]]
   match = "*.self_attn"
   method = "skip_softmax"     # or "theta" (k, ...), or "dense"
   sparsity = 0.7              # or error, or scale_factor = [prefill, decode]
 
-calibration data for attention, unless scale_factor is given, is a .safetensors file of batches:
-tensors input_ids.0, input_ids.1, ..., or one input_ids [batches, batch, length]:
+criteria but magnitude and random, owl, zerothorder and knapsack, and attention without scale_factor
+are calibrated on data: a .safetensors file of batches, tensors input_ids.0, input_ids.1, ..., or
+one input_ids [batches, batch, length]:
   sparsefx explain my-model/ --recipe recipe.toml --calibration text.safetensors
 
 `sparsefx COMMAND --help` explains the options of a command."""
@@ -87,6 +91,10 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     text = "show which zeros a model holds and what they are worth on this machine"
     command = _add_command(commands, "explain", explain, text)
     _add_compile_options(command)
+    _add_reports(command)
+
+
+def _add_reports(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
     command.add_argument("--html", type=Path, metavar="PATH", help="also write the table as HTML")
 
@@ -97,6 +105,13 @@ def _add_sparsify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML; see sparsefx --help")
     command.add_argument("out", type=Path, metavar="OUT", help="new folder for the checkpoint")
     _add_calibration(command)
+    command.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="keeps what is found block by block: the same command goes on after it was stopped",
+    )
+    _add_reports(command)
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -17,6 +17,7 @@ from sparsefx.detect import tightest
 from sparsefx.errors import UnreadableInput, UnreadableModel
 from sparsefx.input_files import check_call, load_batches, load_call
 from sparsefx.model_files import load_model, load_tensors, pretrained, sample_inputs
+from sparsefx.prune.report.records import PruneReport
 from sparsefx.report import Report, Row
 
 
@@ -24,10 +25,7 @@ def explain(args: argparse.Namespace) -> None:
     """Prints the table of a model's candidates and writes it as JSON and HTML where told to."""
     report = _explain_file(args) if args.model.is_file() else _explain_folder(args)
     print(report)
-    for path, write in ((args.json, report.to_json), (args.html, report.to_html)):
-        if path is not None:
-            write(path)
-            print(f"wrote {path}")
+    _write_report(report, args)
 
 
 def sparsify(args: argparse.Namespace) -> None:
@@ -37,7 +35,10 @@ def sparsify(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     assert recipe is not None  # a required argument
     model = load_model(args.model, args.dtype)
-    sparsefx.sparsify(model, recipe, _calibration(model, args), inplace=True)
+    sparsefx.sparsify(model, recipe, _calibration(model, args), inplace=True, state=args.state)
+    report = sparsefx.pruning_report(model)
+    print(report)
+    _write_report(report, args)
     sparsefx.save(model, args.out, recipe=recipe)
     if args.model.is_dir():
         _copy_description(model, args.model, args.out)
@@ -111,6 +112,13 @@ def _clock_ms(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def _write_report(report: Report | PruneReport, args: argparse.Namespace) -> None:
+    for path, write in ((args.json, report.to_json), (args.html, report.to_html)):
+        if path is not None:
+            write(path)
+            print(f"wrote {path}")
+
+
 def _explain_folder(args: argparse.Namespace) -> Report:
     model = load_model(args.model, args.dtype)
     model, inputs = _on_device(model, _inputs(model, args), args.target)
@@ -150,13 +158,21 @@ def _inputs(model: nn.Module, args: argparse.Namespace, batch: int = 1) -> dict[
     return sample_inputs(model, args.rows, batch)
 
 
+def _needs_data(recipe: sparsefx.Recipe) -> bool:
+    """Whether something in the recipe is decided by running the model."""
+    patterns = [pattern for pattern in recipe.weights.values() if pattern is not None]
+    data_free = sparsefx.Uniform | sparsefx.ER | sparsefx.ERK | sparsefx.GlobalMagnitude | None
+    by_data = any(pattern.criterion.needs for pattern in patterns)
+    return by_data or recipe.attention is not None or not isinstance(recipe.allocation, data_free)
+
+
 def _recipe(args: argparse.Namespace) -> sparsefx.Recipe | None:
     if args.recipe is None:
         return None
     recipe = sparsefx.Recipe.from_toml(args.recipe)
-    if recipe.attention is not None and args.model.is_file():
-        rule = "a bare weight file does not say how its attention is computed"
-        remedy = "Give a Hugging Face folder, or a recipe without attention"
+    if args.model.is_file() and _needs_data(recipe):
+        rule = "a bare weight file cannot be run, and the recipe is to be calibrated"
+        remedy = "Give a Hugging Face folder, or a recipe of magnitudes, without attention"
         raise UnreadableModel(path=args.model, rule=rule, remedy=remedy)
     return recipe
 

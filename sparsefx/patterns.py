@@ -1,23 +1,16 @@
-"""Sparsity patterns of weights and the criteria that rank them: frozen dataclasses."""
+"""Sparsity patterns of weights: frozen dataclasses that turn scores into a mask."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparsefx.criteria import Criterion as Criterion
+from sparsefx.criteria import DSnoT, Reconstruct
+from sparsefx.criteria import Magnitude as Magnitude
 from sparsefx.errors import InvalidPattern
 
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Keep the weights of largest absolute value (Han et al. 2015, arXiv 1506.02626)."""
-
-    def scores(self, weight: Tensor) -> Tensor:
-        """Importance of each weight, float32, same shape as `weight`; larger is kept."""
-        return weight.detach().abs().float()
-
-
-Criterion = Magnitude
+_MAGNITUDE = Magnitude()
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,7 @@ class Unstructured:
     """Any position may be zero; `sparsity` is the share of zeros in each weight, in [0, 1)."""
 
     sparsity: float
-    criterion: Criterion = Magnitude()
+    criterion: Criterion = _MAGNITUDE
 
     def __post_init__(self) -> None:
         _check_sparsity(self, self.sparsity)
@@ -43,10 +36,7 @@ class Unstructured:
         Ties go to the lower index, so that the count is exact and the mask deterministic.
         """
         drop = int(self.sparsity * scores.numel())
-        order = scores.flatten().sort(stable=True, descending=True).indices
-        keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-        keep[order[scores.numel() - drop :]] = False
-        return keep.view(scores.shape)
+        return keep_highest(scores.flatten(), scores.numel() - drop).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class NM:
 
     n: int
     m: int
-    criterion: Criterion = Magnitude()
+    criterion: Criterion = _MAGNITUDE
 
     def __post_init__(self) -> None:
         if not _whole(self.n, self.m) or not 0 < self.n < self.m:
@@ -88,9 +78,7 @@ class NM:
         Ties go to the lower index.
         """
         groups = scores.reshape(scores.shape[0], -1, self.m)
-        order = groups.sort(dim=-1, stable=True, descending=True).indices[..., : self.n]
-        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
-        return keep.view(scores.shape)
+        return keep_highest(groups, self.n).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -100,10 +88,10 @@ class Block:
     rows: int
     cols: int
     sparsity: float
-    criterion: Criterion = Magnitude()
+    criterion: Criterion = _MAGNITUDE
 
     def __post_init__(self) -> None:
-        _check_sparsity(self, self.sparsity)
+        _check_whole_parts(self, self.sparsity, self.criterion)
         if not _whole(self.rows, self.cols) or self.rows < 1 or self.cols < 1:
             raise InvalidPattern(
                 pattern=f"Block({self.rows}, {self.cols})",
@@ -128,11 +116,109 @@ class Block:
         return kept[:, None, :, None].expand(tiles.shape).reshape(scores.shape)
 
 
-Pattern = Unstructured | NM | Block
+@dataclass(frozen=True)
+class Rows:
+    """Whole output rows of the weight are zero; `sparsity` is the share of zero rows, in [0, 1)."""
+
+    sparsity: float
+    criterion: Criterion = _MAGNITUDE
+
+    def __post_init__(self) -> None:
+        _check_whole_parts(self, self.sparsity, self.criterion)
+
+    def __str__(self) -> str:
+        return f"rows {self.sparsity:.0%}"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""
+        return None
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Bool [out, in], True where the weight stays: the rows of highest summed score."""
+        kept = Unstructured(self.sparsity).keep(scores.sum(1))
+        return kept[:, None].expand(scores.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Whole input columns of the weight are zero; `sparsity` is the share of zero columns.
+
+    A column of a convolution is one tap of one input channel.
+    """
+
+    sparsity: float
+    criterion: Criterion = _MAGNITUDE
+
+    def __post_init__(self) -> None:
+        _check_whole_parts(self, self.sparsity, self.criterion)
+
+    def __str__(self) -> str:
+        return f"columns {self.sparsity:.0%}"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""
+        return None
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Bool [out, in], True where the weight stays: the columns of highest summed score."""
+        kept = Unstructured(self.sparsity).keep(scores.sum(0))
+        return kept.expand(scores.shape).contiguous()
+
+
+Pattern = Unstructured | NM | Block | Rows | Columns
+
+
+def keep_highest(scores: Tensor, count: int) -> Tensor:
+    """Bool, shape of `scores` [..., n]: the `count` highest along the last dimension.
+
+    Exactly `count`, whatever the ties: those go to the lower index. Scores are not NaN.
+    """
+    if scores.shape[-1] <= _SMALL and scores.dim() > 1:
+        return _keep_by_rank(scores, count)
+    drop = scores.shape[-1] - count
+    if drop == 0 or not scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(drop, dim=-1, keepdim=True).values
+    keep = scores > threshold
+    missing = count - keep.sum(-1, keepdim=True)
+    if missing.any():
+        tied = scores == threshold
+        keep |= tied & (tied.cumsum(-1, dtype=torch.int32) <= missing)
+    return keep
+
+
+_SMALL = 8  # up to here n * n comparisons of whole vectors beat a selection in each short one
+
+
+def _keep_by_rank(scores: Tensor, count: int) -> Tensor:
+    """keep_highest by counting, for each entry, how many of the others go before it."""
+    entries = scores.unbind(-1)
+    before = torch.zeros((len(entries), *entries[0].shape), dtype=torch.int8, device=scores.device)
+    for second in range(len(entries)):
+        for first in range(second):
+            ahead = entries[first] >= entries[second]
+            before[second] += ahead
+            before[first] += ~ahead
+    return (before < count).movedim(0, -1).contiguous()
 
 
 def _whole(*numbers: object) -> bool:
     return all(isinstance(number, int) for number in numbers)
+
+
+def _check_whole_parts(pattern: object, sparsity: object, criterion: Criterion) -> None:
+    """Of a pattern that prunes whole parts of a weight."""
+    _check_sparsity(pattern, sparsity)
+    if isinstance(criterion, Reconstruct):
+        criterion = criterion.start
+    if isinstance(criterion, DSnoT):
+        raise InvalidPattern(
+            pattern=f"{type(pattern).__name__}(criterion=DSnoT())",
+            rule="DSnoT swaps single weights, which would leave parts of blocks, rows and columns",
+            remedy="Choose another criterion, or Unstructured or NM for DSnoT",
+        )
 
 
 def _check_sparsity(pattern: object, sparsity: object) -> None:

@@ -1,13 +1,11 @@
 """explain(): one row for every candidate node, as text, JSON and HTML."""
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
-from sparsefx import report_html, report_text
-from sparsefx.errors import InvalidReport
+from sparsefx import report_html, report_json, report_text
 from sparsefx.files import write_atomically
 from sparsefx.report_rows import Row as Row
 from sparsefx.report_rows import Totals as Totals
@@ -44,9 +42,9 @@ class Report:
 
     def to_json(self, path: str | Path) -> None:
         """Writes everything; the file appears whole or not at all. ValueError on NaN, OSError."""
-        rows = [asdict(row) for row in self.rows]
-        data = {"version": _VERSION, "title": self.title, "facts": self.facts, "rows": rows}
-        write_atomically(Path(path), json.dumps(data, indent=1, allow_nan=False).encode())
+        rows: list[object] = [asdict(row) for row in self.rows]
+        contents = report_json.Contents(_VERSION, self.title, self.facts, rows)
+        report_json.write(Path(path), "rows", contents, indent=1)
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained page (no other file, no network); it works without scripts."""
@@ -56,32 +54,14 @@ class Report:
     @classmethod
     def from_json(cls, path: str | Path) -> "Report":
         """Reads what `to_json` wrote, now or at version 1. Raises InvalidReport, OSError."""
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise InvalidReport(path=path, rule=f"it is not JSON: {error}") from error
-        version = data.get("version") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or version not in (1, _VERSION):
-            raise InvalidReport(path=path, rule=f"it is not a report of version 1 or {_VERSION}")
-        title, facts, rows = data.get("title"), data.get("facts"), data.get("rows")
-        if not isinstance(title, str) or not isinstance(facts, dict) or not isinstance(rows, list):
-            raise InvalidReport(path=path, rule="title, facts or rows are missing")
-        if not all(isinstance(text, str) for text in facts.values()):
-            raise InvalidReport(path=path, rule="a fact is not text")
-        known = set(_TYPES) - (_SINCE_2 if version == 1 else set())
-        return cls(title, [_row(path, entry, known) for entry in rows], facts)
+        contents = report_json.read(Path(path), "rows", (1, _VERSION))
+        known = set(_TYPES) - (_SINCE_2 if contents.version == 1 else set())
+        rows = [
+            # The values are of the types of their fields, which mypy cannot see.
+            Row(**report_json.entry_of(Path(path), entry, _TYPES, known, "row"))  # type: ignore[arg-type]
+            for entry in contents.entries
+        ]
+        return cls(contents.title, rows, contents.facts)
 
 
 _TYPES = get_type_hints(Row)
-
-
-def _row(path: str | Path, entry: object, known: set[str]) -> Row:
-    if not isinstance(entry, dict) or set(entry) != known:
-        names = ", ".join(name for name in _TYPES if name in known)
-        raise InvalidReport(path=path, rule=f"a row does not have the fields {names}")
-    for name, value in entry.items():
-        kind = _TYPES[name]
-        whole = kind == float | None and isinstance(value, int)  # 12 for 12.0
-        if isinstance(value, bool) or not (whole or isinstance(value, kind)):
-            raise InvalidReport(path=path, rule=f"{name} of a row is {value!r}")
-    return Row(**entry)

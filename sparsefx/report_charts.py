@@ -1,14 +1,14 @@
 """Charts of a report as inline SVG: speed-up by node, bytes by kind of layer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from sparsefx import report_words as words
 from sparsefx.report_rows import Row, stored_bytes
 
 KINDS = 12  # bars of the second chart; the smallest kinds beyond are summed
-_WIDTH, _HEIGHT = 1000, 200
+WIDTH, HEIGHT = 1000, 200  # of a plot, in its own units
 _REACH = 6  # the axis ends at 2^-6 and 2^6 at most
 
 
@@ -22,23 +22,37 @@ def speedups(rows: Sequence[Row]) -> str:
     high = min(_REACH, max(1, math.ceil(max(log for _, log in bars))))
 
     def y(log: float) -> float:
-        return _HEIGHT * (high - min(max(log, low), high)) / (high - low)
+        return HEIGHT * (high - min(max(log, low), high)) / (high - low)
 
-    step = _WIDTH / len(bars)
+    step = WIDTH / len(bars)
     drawn = "".join(_bar(row, log, at * step, step, y) for at, (row, log) in enumerate(bars))
     ticks = range(low, high + 1, max(1, (high - low) // 4))
-    lines = "".join(_line(y(tick), "grid") for tick in ticks) + _line(y(0), "one")
-    labels = "".join(
-        f'<span style="top:{100 * y(tick) / _HEIGHT:.1f}%">{2.0**tick:g}x</span>'
-        for tick in sorted({*ticks, 0})
-    )
+    lines = "".join(line(y(tick), "grid") for tick in ticks) + line(y(0), "one")
+    labels = [(y(tick), f"{2.0**tick:g}x") for tick in sorted({*ticks, 0})]
     head = f"Sparse kernel against dense, {len(bars)} timed nodes in graph order"
-    key = '<i class="sparse"></i>chosen', '<i class="dense"></i>declined, dense runs'
+    return plot(head, labels, lines + drawn, {"sparse": "chosen", "dense": "declined, dense runs"})
+
+
+def plot(
+    head: str,
+    ticks: Iterable[tuple[float, str]],
+    drawn: str,
+    key: Mapping[str, str],
+    below: str = "",
+) -> str:
+    """A card with `drawn`, SVG in a box of WIDTH x HEIGHT that is stretched to the card's width.
+
+    ticks: y and label on the left; key: class of a mark -> what it stands for; `head`, labels and
+    key are HTML-safe; below: HTML under the plot.
+    """
+    labels = "".join(
+        f'<span style="top:{100 * y / HEIGHT:.1f}%">{label}</span>' for y, label in ticks
+    )
+    said = "".join(f'<span><i class="{style}"></i>{label}</span>' for style, label in key.items())
     return (
         f'<section class="card wide"><h2>{head}</h2><div class="plot"><div class="ticks">{labels}'
-        f'</div><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{head}">{lines}{drawn}</svg></div>'
-        f'<p class="key"><span>{key[0]}</span><span>{key[1]}</span></p></section>'
+        f'</div><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{head}">{drawn}</svg>{below}</div><p class="key">{said}</p></section>'
     )
 
 
@@ -52,8 +66,9 @@ def _bar(row: Row, log: float, x: float, step: float, y: Callable[[float], float
     )
 
 
-def _line(y: float, style: str) -> str:
-    return f'<line class="{style}" x1="0" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+def line(y: float, style: str) -> str:
+    """A line over the whole width of a plot: "grid", or "one" for the line that bars stand on."""
+    return f'<line class="{style}" x1="0" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 def weights(rows: Sequence[Row]) -> str:

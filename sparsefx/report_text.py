@@ -57,9 +57,7 @@ def render(title: str, rows: Sequence[Row], facts: Mapping[str, str], width: int
     head += [words.printable(f"  {label}: {fact}") for label, fact in facts.items()]
     numbers = {reason: at for at, (reason, _) in enumerate(totals.reasons, start=1)}
     frame = _Frame(numbers, len({row.graph for row in rows}) > 1, width)
-    return "\n".join(
-        [*_wrap(head, width), "", *_tables(rows, frame), *_wrap(summary(totals), width)]
-    )
+    return "\n".join([*wrap(head, width), "", *_tables(rows, frame), *wrap(summary(totals), width)])
 
 
 def _tables(rows: Sequence[Row], frame: _Frame) -> list[str]:
@@ -70,13 +68,14 @@ def _tables(rows: Sequence[Row], frame: _Frame) -> list[str]:
         parts += [_table([_cells(row, frame) for row in others], frame), _LEGEND, ""]
     if attentions:
         parts += [_table([_attention_cells(row, frame) for row in attentions], frame)]
-        parts += [*_wrap([_ATTENTION_LEGEND, *_thresholds(attentions)], frame.width), ""]
+        parts += [*wrap([_ATTENTION_LEGEND, *_thresholds(attentions)], frame.width), ""]
     return parts
 
 
-def _wrap(lines: Sequence[str], width: int) -> list[str]:
-    wrap = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False)
-    return [part for line in lines for part in wrap.wrap(line)]
+def wrap(lines: Sequence[str], width: int) -> list[str]:
+    """`lines` folded to `width` columns; what follows a fold is indented."""
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False)
+    return [part for line in lines for part in wrapper.wrap(line)]
 
 
 def summary(totals: Totals) -> list[str]:
@@ -110,14 +109,14 @@ def _table(cells: Sequence[Mapping[str, str]], frame: _Frame) -> str:
             table.add_column(label, overflow="fold", min_width=_FLOORS[label])
     for row in cells:
         table.add_row(*(Text(cell) for cell in row.values()))
-    return _print(table, frame.width)
+    return printed(table, frame.width)
 
 
 def _cells(row: Row, frame: _Frame) -> dict[str, str]:
     roomy = frame.roomy
     cells = {
         "graph": str(row.graph) if frame.graphs else None,
-        "node": _fold(words.printable(row.name), frame.width - _REST),
+        "node": fold(words.printable(row.name), frame.width - _REST),
         "op": words.printable(row.op) if roomy else None,
         "shape": words.printable(row.shape),
         "pattern": words.printable(row.pattern),
@@ -132,7 +131,7 @@ def _cells(row: Row, frame: _Frame) -> dict[str, str]:
 def _attention_cells(row: Row, frame: _Frame) -> dict[str, str]:
     """A narrow table has no room for four columns of text: there, two facts share a cell."""
     rest = _ROOMY_ATTENTION_REST if frame.roomy else _ATTENTION_REST
-    node = _fold(words.printable(row.name), frame.width - rest)
+    node = fold(words.printable(row.name), frame.width - rest)
     shape, pattern = words.printable(row.shape), words.printable(row.pattern)
     runs = _runs(row, frame)
     texts = {"node": node, "shape": shape, "pattern": pattern, "runs": runs}
@@ -168,13 +167,14 @@ def _thresholds(rows: Sequence[Row]) -> list[str]:
     return ["thresholds:", *dict.fromkeys(lines)]
 
 
-def _fold(name: str, space: int) -> str:
+def fold(name: str, space: int) -> str:
     """`name`, on two lines where it is longer than `space`, so that its last part stays whole."""
     parent, dot, leaf = name.rpartition(".")
     return f"{parent}{dot}\n  {leaf}" if dot and len(name) > space else name
 
 
-def _print(table: Table, width: int) -> str:
+def printed(table: Table, width: int) -> str:
+    """A table as plain lines of at most `width` columns, without trailing blanks."""
     out = io.StringIO()
     Console(file=out, width=width, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

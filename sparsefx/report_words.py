@@ -11,11 +11,11 @@ def microseconds(value: float | None) -> str:
 
 
 def duration(value: float) -> str:
-    """A time in microseconds with its unit: "12.3 us", "4.56 ms", "7.89 s"."""
-    for size, unit in ((1e6, "s"), (1e3, "ms")):
-        if value >= size:
+    """A time in microseconds with its unit: "12.3 us", "4.56 ms", "7.89 s", "2.5 min", "3.1 h"."""
+    for least, size, unit in ((7.2e9, 3.6e9, "h"), (1.2e8, 6e7, "min"), (1e6, 1e6, "s")):
+        if value >= least:
             return f"{value / size:.3g} {unit}"
-    return f"{value:.3g} us"
+    return f"{value / 1e3:.3g} ms" if value >= 1e3 else f"{value:.3g} us"
 
 
 def times(value: float | None) -> str:
@@ -61,3 +61,23 @@ def printable(text: str) -> str:
     """`text` on one line without control characters: a module's name cannot drive a terminal."""
     line = (" " if letter.isspace() else letter for letter in text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in line)
+
+
+def figure(value: float | None) -> str:
+    """A number to three digits: "0.123", "1.2e-07", "1234"; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
+
+
+def amount(value: int) -> str:
+    """A number of things: "512", "53.1 M" (10^6)."""
+    for unit_size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= unit_size:
+            return f"{value / unit_size:.3g} {unit}"
+    return str(value)
+
+
+def counted(value: int, noun: str) -> str:
+    """A number with its noun: "1 layer", "210 layers"."""
+    return f"{value} {noun}" if value == 1 else f"{value} {noun}s"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsefx import recipe_toml
+from sparsefx.allocations import Allocation
 from sparsefx.attention.spec import AttentionPattern
 from sparsefx.errors import InvalidRecipe
 from sparsefx.files import write_atomically
@@ -15,6 +15,7 @@ from sparsefx.patterns import Criterion as Criterion
 from sparsefx.patterns import Magnitude as Magnitude
 from sparsefx.patterns import Pattern as Pattern
 from sparsefx.patterns import Unstructured as Unstructured
+from sparsefx.toml import recipe as recipe_file
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,15 @@ class Recipe:
     `weights` maps globs on parameter names (`"*.mlp.*"`) to a pattern, or to None for "stay dense";
     the first glob that matches a weight decides. `attention` is a SkipSoftmax or Theta for every
     attention, or maps globs on attention names ("*.layers.1?.self_attn") to one or to None.
+    `allocation` spreads the budget that the patterns set over the weights that they match; without
+    one every weight gets its pattern as it is. `permute`: whether input channels of N:M weights may
+    change places first, where that leaves the model's function as it is and N:M keeps more.
     """
 
     weights: Mapping[str, Pattern | None] = field(default_factory=dict)
     attention: AttentionPattern | Mapping[str, AttentionPattern | None] | None = None
+    allocation: Allocation | None = None
+    permute: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Mapping):
@@ -37,6 +43,10 @@ class Recipe:
                 raise _misuse("weights", f"the key {key!r} is not a glob on parameter names")
             if not isinstance(pattern, Pattern | None):
                 raise _misuse(f"weights[{key!r}]", f"{pattern!r} is not a pattern")
+        if not isinstance(self.allocation, Allocation | None):
+            raise _misuse("allocation", f"{self.allocation!r} is no way to spread a budget")
+        if not isinstance(self.permute, bool):
+            raise _misuse("permute", f"{self.permute!r} is neither True nor False")
         for glob, wanted in self._attention_globs().items():
             if not isinstance(glob, str):
                 raise _misuse("attention", f"the key {glob!r} is not a glob on attention names")
@@ -72,14 +82,13 @@ class Recipe:
 
         Raises InvalidRecipe for a metric, which is a function and no data, and OSError.
         """
-        text = recipe_toml.dumps(self.weights, self.attention)
+        text = recipe_file.dumps(self.weights, self.attention, self.allocation, self.permute)
         write_atomically(Path(path), text.encode())
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
         """Reads a recipe that `to_toml` wrote. Raises InvalidRecipe, InvalidPattern, OSError."""
-        weights, attention = recipe_toml.loads(Path(path).read_bytes(), path)
-        return cls(weights, attention)
+        return cls(*recipe_file.loads(Path(path).read_bytes(), path))
 
 
 def _misuse(where: str, rule: str) -> InvalidRecipe:

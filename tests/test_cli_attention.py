@@ -139,7 +139,7 @@ CASES = {
     "batches_without_a_recipe": "Add --recipe TOML",
     "batches_of_another_model": "does not take its tensors as arguments",
     "batches_that_are_none": "input_ids of shape (1, 8) is no stack of batches",
-    "attention_of_a_bare_file": "does not say how its attention is computed",
+    "attention_of_a_bare_file": "a bare weight file cannot be run",
     "misspelt": "'scale-factor' is not a key of skip_softmax",
 }
 

@@ -17,13 +17,27 @@ from sparsefx.attention.spec import (
     SkipSoftmax,
     Theta,
 )
+from sparsefx.criteria import DSnoT, Magnitude, Random, SparseGPT, Wanda
 from sparsefx.errors import InvalidPattern, InvalidRecipe
+from sparsefx.patterns import Columns, Rows
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 
+SPARSITY = st.floats(0, 1, exclude_max=True)
+PLAIN = st.one_of(
+    st.just(Magnitude()),
+    st.just(Wanda()),
+    st.builds(Random, st.integers(0, 2**63 - 1)),
+    st.builds(SparseGPT, st.floats(1e-9, 1e9), st.integers(1, 4096)),
+)
+CRITERIA = PLAIN | st.builds(DSnoT, PLAIN, st.integers(1, 99), st.floats(0, 9), st.booleans())
 PATTERNS = st.one_of(
-    st.builds(Unstructured, st.floats(0, 1, exclude_max=True)),
-    st.sampled_from([4, 8, 16]).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m))),
-    st.builds(Block, st.integers(1, 128), st.integers(1, 128), st.floats(0, 1, exclude_max=True)),
+    st.builds(Unstructured, SPARSITY, CRITERIA),
+    st.integers(2, 99).flatmap(
+        lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m), CRITERIA)
+    ),
+    st.builds(Block, st.integers(1, 128), st.integers(1, 128), SPARSITY, PLAIN),
+    st.builds(Rows, SPARSITY, PLAIN),
+    st.builds(Columns, SPARSITY, PLAIN),
 )
 
 SHARES = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -69,7 +83,31 @@ def test_weights_round_trip(
     assert list(Recipe.from_toml(path).weights.items()) == list(weights.items())
 
 
+def test_criteria_as_a_person_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        """
+        [[weights]]
+        match = "a"
+        pattern = "rows"
+        sparsity = 0.25
+        criterion = "sparsegpt"
+        [[weights]]
+        match = "b"
+        pattern = "nm"
+        n = 2
+        m = 4
+        criterion = { method = "dsnot", start = { method = "sparsegpt", damp = 0.1 } }
+        """
+    )
+    assert Recipe.from_toml(path).weights == {
+        "a": Rows(0.25, SparseGPT()),
+        "b": NM(2, 4, DSnoT(SparseGPT(damp=0.1))),
+    }
+
+
 ENTRY = '[[weights]]\nmatch = "*"\npattern = '
+TWO_FOUR = ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = '
 
 
 @pytest.mark.parametrize(
@@ -91,6 +129,20 @@ ENTRY = '[[weights]]\nmatch = "*"\npattern = '
         (ENTRY + '"nm"\nn = 2\nm = 4\nk = 1', "takes the numbers n, m"),
         (ENTRY + '"unstructured"\nsparsity = "half"', "takes the numbers sparsity"),
         (ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = "luck"', "criterion 'luck'"),
+        (TWO_FOUR + '"sparsegpt"\nblock = 4', "takes the numbers n, m"),
+        (TWO_FOUR + "3", "criterion 3: it is not one of magnitude, random, wanda"),
+        (TWO_FOUR + "{ damp = 0.1 }", "criterion None"),
+        (TWO_FOUR + '{ method = "wanda", damp = 0.1 }', "'damp' is not an option; there are: none"),
+        (TWO_FOUR + '{ method = "sparsegpt", damp = "big" }', "damp='big' must be a number"),
+        (TWO_FOUR + '{ method = "sparsegpt", damp = nan }', "damp=nan must be a number"),
+        (TWO_FOUR + '{ method = "sparsegpt", block = 1.5 }', "block=1.5 must be a whole number"),
+        (
+            TWO_FOUR + '{ method = "random", seed = 9223372036854775808 }',
+            "seed=9223372036854775808",
+        ),
+        (TWO_FOUR + '{ method = "dsnot", start = "luck" }', "criterion 'luck'"),
+        (TWO_FOUR + '{ method = "dsnot", start = "dsnot" }', "start must be"),
+        (ENTRY + '"rows"\nrows = 3', "takes the numbers sparsity"),
         (ENTRY + '"dense"\n' + ENTRY + '"dense"', "same match"),
     ],
 )

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsefx.attention.spec import SkipSoftmax, Theta
+from sparsefx.criteria import DSnoT
 from sparsefx.errors import InvalidPattern, InvalidRecipe, InvalidThreshold
+from sparsefx.patterns import Columns, Rows, keep_highest
 from sparsefx.spec import NM, Block, Magnitude, Pattern, Recipe, Unstructured
 
 
@@ -44,6 +48,36 @@ def test_block_keeps_or_drops_whole_tiles_of_highest_sum() -> None:
     assert sums[~tiles[:, 0]].max() < sums[tiles[:, 0]].min()
 
 
+def test_rows_and_columns_go_as_a_whole_by_their_summed_score() -> None:
+    given_scores = scores(8, 12)
+    for pattern, dim, drop in ((Rows(0.4), 1, 3), (Columns(0.3), 0, 3)):
+        keep = pattern.keep(given_scores)
+        kept, sums = keep.any(dim), given_scores.sum(dim)
+        assert torch.equal(kept, keep.all(dim))
+        assert int((~kept).sum()) == drop
+        assert sums[~kept].max() < sums[kept].min()
+        before = keep.clone()
+        keep[0, 0] = not keep[0, 0]  # memory of its own, not a view that repeats one vector
+        assert int((keep != before).sum()) == 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 5), max_size=2),
+    st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_the_highest_are_those_of_a_stable_sort(
+    shape: list[int], sizes: tuple[int, int], distinct: int, seed: int
+) -> None:
+    size, count = sizes
+    tied = (scores(*shape, size, seed=seed) * distinct).round()
+    order = tied.sort(dim=-1, stable=True, descending=True).indices[..., :count]
+    expected = torch.zeros_like(tied, dtype=torch.bool).scatter_(-1, order, True)
+    assert torch.equal(keep_highest(tied, count), expected)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -51,6 +85,8 @@ def test_block_keeps_or_drops_whole_tiles_of_highest_sum() -> None:
         (NM(1, 8), [1] + [0] * 7),
         (Unstructured(0.25), [1] * 6 + [0] * 2),
         (Block(1, 2, 0.5), [1] * 4 + [0] * 4),
+        (Columns(0.5), [1] * 4 + [0] * 4),
+        (Rows(0.5), [1] * 8),  # half of one row is none
     ],
 )
 def test_ties_go_to_the_lower_index(pattern: Pattern, expected: list[int]) -> None:
@@ -61,7 +97,7 @@ def test_ties_go_to_the_lower_index(pattern: Pattern, expected: list[int]) -> No
 def test_keep_does_not_depend_on_memory_layout() -> None:
     given_scores = scores(16, 32)
     transposed = given_scores.t().contiguous().t()
-    for pattern in (NM(2, 4), Unstructured(0.3), Block(4, 8, 0.4)):
+    for pattern in (NM(2, 4), Unstructured(0.3), Block(4, 8, 0.4), Rows(0.5), Columns(0.5)):
         assert torch.equal(pattern.keep(given_scores), pattern.keep(transposed))
 
 
@@ -74,8 +110,9 @@ def test_misfits_name_the_numbers() -> None:
 
 
 def test_texts_and_sparsity() -> None:
-    texts = [str(pattern) for pattern in (NM(2, 4), Unstructured(0.5), Block(32, 16, 0.25))]
-    assert texts == ["2:4", "unstructured 50%", "block 32x16 25%"]
+    patterns = (NM(2, 4), Unstructured(0.5), Block(32, 16, 0.25), Rows(0.25), Columns(0.5))
+    texts = [str(pattern) for pattern in patterns]
+    assert texts == ["2:4", "unstructured 50%", "block 32x16 25%", "rows 25%", "columns 50%"]
     assert NM(1, 4).sparsity == 0.75  # N is what is kept
 
 
@@ -90,6 +127,11 @@ def test_texts_and_sparsity() -> None:
         lambda: Unstructured(float("nan")),
         lambda: Block(0, 4, 0.5),
         lambda: Block(4, 4, -0.1),
+        lambda: Rows(1.0),
+        lambda: Columns(float("nan")),
+        lambda: Block(4, 4, 0.5, DSnoT()),
+        lambda: Rows(0.5, DSnoT()),
+        lambda: Columns(0.5, DSnoT()),
     ],
 )
 def test_senseless_patterns_are_refused(make: object) -> None:

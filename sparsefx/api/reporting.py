@@ -1,10 +1,16 @@
-"""explain(): what became of each layer of a compiled model."""
+"""explain() and pruning_report(): what became of each layer of a model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
+from sparsefx import debug, devices
+from sparsefx.annotations import annotations, pruned_layers
 from sparsefx.errors import NotCompiled
+from sparsefx.prune.allocation.costs import cost
+from sparsefx.prune.layer_of import layer_of
+from sparsefx.prune.report.records import PruneReport
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.report import Report, Row
 from sparsefx.session import Session, recall
@@ -25,6 +31,28 @@ def explain(compiled: Callable[..., object]) -> Report:
         raise NotCompiled(what=f"this {type(compiled).__name__}")
     report = session.report()
     return Report(report.title, [*report.rows, *_uncaptured(original, session)], report.facts)
+
+
+def pruning_report(model: nn.Module, target: str | None = None, rows: int = 1) -> PruneReport:
+    """What `sparsify` did to each weight of `model`: a PruneReport, without lines if nothing.
+
+    target: "A100", "H100", "H200", "L4" or "cpu", to have the roofline predict the time of each
+    layer there for `rows` rows of input, dense and as it is now. Raises UnknownOption.
+    """
+    layers = list(pruned_layers(model).values())
+    facts = {"weights pruned": str(len(layers))}
+    if target is not None:
+        device = devices.named(target, debug.settings().cache)
+        weights, patterns = prunable_weights(model), annotations(model)
+        facts |= {"predicted for": f"{target}, {rows} rows of input, by the roofline"}
+        for number, layer in enumerate(layers):
+            shape = layer_of(weights[layer.name], layer.block)
+            dense, sparse = (
+                cost(pattern, shape, "time", device, rows) / 1e3
+                for pattern in (None, patterns[layer.name])
+            )
+            layers[number] = replace(layer, dense_us=dense, sparse_us=sparse)
+    return PruneReport(type(model).__name__, layers, facts)
 
 
 def _uncaptured(model: nn.Module, session: Session) -> list[Row]:

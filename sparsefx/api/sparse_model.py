@@ -1,13 +1,14 @@
 """sparsify(): prune the weights and calibrate the attention thresholds that a recipe asks for."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsefx.allocations import OWL, Knapsack, Within, ZerothOrder
 from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request
 from sparsefx.api.runnable import runnable
@@ -17,7 +18,7 @@ from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention import calibrate_attention
 from sparsefx.errors import EmptyCalibration, MissingCalibration, UnknownOption
 from sparsefx.passes.fuse_attention import FuseAttention
-from sparsefx.prune.sparsify import prune_weights
+from sparsefx.prune.sparsify import prune_weights, take_over
 from sparsefx.spec import Recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,6 +32,7 @@ def sparsify(
     inplace: bool = False,
     progress: bool = True,
     state: str | Path | None = None,
+    max_memory: int | None = None,
 ) -> M:
     """Zeroes the weights that `recipe` prunes, calibrates its attentions, and annotates the model.
 
@@ -39,31 +41,53 @@ def sparsify(
     embedding, and a depthwise convolution, are selected only by a key that equals one of their
     names: "*" does not prune the embedding. Its globs on attention are matched against module names
     ("model.layers.0.self_attn"). calibration: batches of model inputs (a tensor, a tuple of
-    positional or a dict of keyword arguments); attention thresholds need them, Magnitude does not,
-    but an empty one is an error all the same. inplace: change `model` itself instead of a deep
-    copy. progress: show a bar. state: a file that keeps the attention calibration after each batch,
-    so that a run that was stopped continues; give other batches another file.
+    positional or a dict of keyword arguments); attention thresholds and criteria such as Wanda and
+    SparseGPT need them, Magnitude does not, but an empty one is an error all the same. Of batches
+    with an `attention_mask` [batch, length], tokens at 0 do not count for weights. inplace: change
+    `model` itself instead of a deep copy. progress: show bars. state: a folder that keeps what was
+    found after each block of weights and each batch of attention, so that a run that was stopped
+    continues to the same result; give other batches another folder. max_memory: bytes of
+    activations that stay in memory while weights are pruned; the others go to temporary files.
 
-    Returns the model; `sparsefx.annotations` reads what was decided, `compile` acts on it (eager
-    attention stays dense). Masks and thresholds are deterministic. Raises NothingMatches,
-    PatternDoesNotFit, NonFiniteWeight, EmptyCalibration, MissingCalibration, and
-    what `calibrate_attention` raises; `model` is unchanged after any of them.
+    Under torch.distributed each process brings batches of its own, and all get the same weights.
+
+    Returns the model; `pruning_report` tells what became of its weights, `sparsefx.annotations`
+    what was decided, `compile` acts on it (eager attention stays dense). Masks and thresholds are
+    deterministic. Raises NothingMatches, PatternDoesNotFit, NonFiniteWeight, EmptyCalibration,
+    MissingCalibration, InvalidAllocation, ImpossibleBudget, and what `run_blocks` and
+    `calibrate_attention` raise; `model` is unchanged after any of them.
     """
     if not isinstance(recipe, Recipe):
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
     batches = check_calibration(calibration)
     check_data(recipe, batches)
-    # Calibration may fail: prune a copy first.
+    batches = _for_all_passes(recipe, batches)
+    folder = None if state is None else Path(state)
     later = inplace and bool(recipe.weights) and recipe.attention is not None
-    pruned = prune_weights(model, recipe, inplace=inplace and not later, progress=progress)
-    wanted = calibrated(
-        pruned, recipe, batches, default_tile(device_type(model)), progress=progress, state=state
+    pruned = prune_weights(
+        model,
+        recipe,
+        batches,
+        inplace=inplace and not later,  # calibrating attention may fail
+        progress=progress,
+        max_memory=max_memory,
+        state=None if folder is None else folder / "weights",
     )
+    kept = None if folder is None else folder / "attention.safetensors"
+    tile = default_tile(device_type(model))
+    wanted = calibrated(pruned, recipe, batches, tile, progress=progress, state=kept)
     if later:
-        pruned = prune_weights(model, recipe, inplace=True, progress=False)
+        take_over(model, pruned)
+        pruned = model
     if recipe.attention is not None:
         replace_attention(pruned, wanted.thresholds)
     return pruned
+
+
+def _for_all_passes(recipe: Recipe, batches: Iterable[object] | None) -> Iterable[object] | None:
+    """The batches, kept where more than one pass reads what can be read only once."""
+    several = bool(recipe.attention or recipe.allocation or recipe.permute)
+    return list(batches) if several and isinstance(batches, Iterator) else batches
 
 
 def decide(
@@ -73,7 +97,8 @@ def decide(
     if not isinstance(recipe, Recipe):
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
     check_data(recipe, batches)
-    pruned = prune_weights(model, recipe) if recipe.weights else model
+    batches = _for_all_passes(recipe, batches)
+    pruned = prune_weights(model, recipe, batches) if recipe.weights else model
     return pruned, calibrated(pruned, recipe, batches, tile)
 
 
@@ -92,7 +117,12 @@ def check_calibration(calibration: Iterable[object] | None) -> Iterable[object] 
 
 
 def check_data(recipe: Recipe, batches: Iterable[object] | None) -> None:
-    """Raises MissingCalibration where a threshold is to be found and there is no data."""
+    """Raises MissingCalibration where something is to be found from data and there is none."""
+    for weights in recipe.weights.values():
+        if batches is None and weights is not None and weights.criterion.needs:
+            raise MissingCalibration(what=f"{type(weights.criterion).__name__} for {weights}")
+    if batches is None and isinstance(recipe.allocation, OWL | ZerothOrder | Knapsack | Within):
+        raise MissingCalibration(what=recipe.allocation)
     for pattern in recipe.attention_patterns():
         given = isinstance(pattern, SkipSoftmax) and pattern.factors is not None
         if batches is None and not given:
@@ -106,7 +136,7 @@ def calibrated(
     tile: tuple[int, int],
     *,
     progress: bool = True,
-    state: str | Path | None = None,
+    state: Path | None = None,
 ) -> Wanted:
     """Which attentions of `model` are to be sparse, calibrated on `batches` if there are any."""
     if recipe.attention is None or batches is None:
@@ -117,7 +147,7 @@ def calibrated(
         batches,
         prepare=(FuseAttention(),),
         tile=tile,
-        state=None if state is None else Path(state),
+        state=state,
         progress=progress,
         build=lambda found: _without_guard(model, Wanted(found, None, tile)),
     )

@@ -1,107 +1,165 @@
-"""prune_weights(): decide the masks that a recipe asks for and zero the pruned weights.
+"""prune_weights(): decide the masks that a recipe asks for and write the pruned weights.
 
-    pattern, criterion = recipe(name);  keep = pattern(criterion(W));  W[~keep] = 0
+    pattern = recipe(name), or what its allocation makes of it
+    W <- solve(W, pattern, statistics of its input)
 
 Everything that can fail comes before the first write.
 """
 
 import copy
-import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsefx.annotations import annotate
-from sparsefx.errors import (
-    NonFiniteWeight,
-    NothingMatches,
-    PatternDoesNotFit,
-)
+from sparsefx import debug
+from sparsefx.annotations import annotate, annotate_pruning, annotations, pruned_layers
+from sparsefx.calibrate.digest import digest
+from sparsefx.calibrate.sequential import run_blocks
 from sparsefx.formats import pack_bits, unpack_bits
+from sparsefx.prune.decide import Decision, record_from, record_of, statistics_for
+from sparsefx.prune.measure import Data
+from sparsefx.prune.reorder import reorder
+from sparsefx.prune.report.layers import PrunedLayer
+from sparsefx.prune.selection import check_pattern, choose_patterns
+from sparsefx.prune.spread import spread
 from sparsefx.prune.weights import PrunableWeight, prunable_weights
 from sparsefx.spec import Pattern, Recipe
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def prune_weights(model: M, recipe: Recipe, *, inplace: bool = False, progress: bool = True) -> M:
-    """The weights part of `sparsefx.sparsify`.
+def prune_weights(
+    model: M,
+    recipe: Recipe,
+    batches: Iterable[object] | None = None,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+    max_memory: int | None = None,
+    state: Path | None = None,
+) -> M:
+    """The weights part of `sparsefx.sparsify`, with its arguments; state: a folder of its own.
 
-    Memory beyond the copy: one weight and one bit for each pruned element. Raises NothingMatches,
-    PatternDoesNotFit, NonFiniteWeight; `model` is unchanged after any of them.
+    Without data, memory beyond the copy is one weight and one bit for each pruned element; with
+    data, new weights lie in files until all are known. Raises NothingMatches, PatternDoesNotFit,
+    NonFiniteWeight, and with data what `run_blocks` raises; `model` is unchanged after any of them.
     """
     weights = prunable_weights(model)
     chosen = choose_patterns(weights, recipe, type(model).__name__)
     for name, pattern in chosen.items():
-        _check(weights[name], pattern)
-    keeps = _decide(weights, chosen, progress)
+        check_pattern(weights[name], pattern)
+    data = Data(model, batches, progress, max_memory, debug.settings().cache)
+    if recipe.allocation is not None:
+
+        def build(patterns: Mapping[str, Pattern]) -> nn.Module:
+            return prune_to(model, patterns, batches, progress=progress, max_memory=max_memory)
+
+        chosen = spread(data, weights, chosen, recipe.allocation, build)
+    options = {"progress": progress, "max_memory": max_memory, "state": state}
+    if not recipe.permute:
+        return prune_to(model, chosen, batches, inplace=inplace, **options)
+    twin = copy.deepcopy(model)  # what follows may fail
+    notes = reorder(replace(data, model=twin), prunable_weights(twin), chosen)
+    prune_to(twin, chosen, batches, inplace=True, **options)
+    lines = pruned_layers(twin)
+    annotate_pruning(twin, {name: replace(lines[name], note=note) for name, note in notes.items()})
+    if not inplace:
+        return twin
+    take_over(model, twin)
+    return model
+
+
+def take_over(model: nn.Module, pruned: nn.Module) -> None:
+    """Gives `model` the weights, buffers and annotations of its pruned copy."""
+    with torch.no_grad():
+        for mine, other in (
+            *zip(model.parameters(), pruned.parameters(), strict=True),
+            *zip(model.buffers(), pruned.buffers(), strict=True),
+        ):
+            mine.copy_(other)
+    annotate(model, annotations(pruned))
+    annotate_pruning(model, pruned_layers(pruned))
+
+
+def prune_to(
+    model: M,
+    chosen: Mapping[str, Pattern],
+    batches: Iterable[object] | None,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+    max_memory: int | None = None,
+    state: Path | None = None,
+) -> M:
+    """Each weight to its pattern by name, which fits; arguments and errors as `prune_weights`."""
+    weights = prunable_weights(model)
+    if any(pattern.criterion.needs for pattern in chosen.values()):
+        assert batches is not None  # the caller has asked for them
+        return _with_data(model, chosen, batches, inplace, progress, max_memory, state)
+    keeps, records = _decide(weights, chosen, progress)
     pruned = model if inplace else copy.deepcopy(model)
     _write(prunable_weights(pruned), keeps)
+    return _annotated(pruned, weights, chosen, records)
+
+
+def _with_data(
+    model: M,
+    chosen: Mapping[str, Pattern],
+    batches: Iterable[object],
+    inplace: bool,
+    progress: bool,
+    max_memory: int | None,
+    state: Path | None,
+) -> M:
+    """Block by block, each on the outputs of the pruned blocks before it."""
+    needs = {name: statistics_for(pattern) for name, pattern in chosen.items()}
+    decision = Decision(chosen)
+    with run_blocks(
+        model,
+        batches,
+        needs,
+        decision,
+        max_memory=max_memory,
+        state=state,
+        digest=digest(model, (f"{name} {pattern!r}" for name, pattern in chosen.items())),
+        progress=progress,
+    ) as results:
+        pruned = model if inplace else copy.deepcopy(model)
+        weights = prunable_weights(pruned)
+        with torch.no_grad():
+            for name, weight in results.weights():
+                weights[name].parameter.copy_(weight)
+        facts = {name: each for block in results.facts for name, each in block.items()}
+    records = {name: record_from(each) for name, each in facts.items()}  # type: ignore[arg-type]
+    return _annotated(pruned, weights, chosen, records)
+
+
+def _annotated(
+    pruned: M,
+    weights: Mapping[str, PrunableWeight],
+    chosen: Mapping[str, Pattern],
+    records: Mapping[str, PrunedLayer],
+) -> M:
     annotate(pruned, {alias: chosen[name] for name in chosen for alias in weights[name].names})
+    annotate_pruning(pruned, {name: records[name] for name in chosen})
     return pruned
-
-
-def choose_patterns(
-    weights: Mapping[str, PrunableWeight], recipe: Recipe, model: str
-) -> dict[str, Pattern]:
-    """The pattern of each weight that `recipe` prunes, by name; `model` is named in errors.
-
-    Raises NothingMatches for a key that selects no weight.
-    """
-    for key, pattern in recipe.weights.items():
-        # A key that maps to None is satisfied by a weight that is dense anyway.
-        if not any(_selects(key, weight, pattern is None) for weight in weights.values()):
-            raise NothingMatches(key=key, model=model, examples=_examples(weights))
-    patterns = {name: _pattern_of(weight, recipe) for name, weight in weights.items()}
-    return {name: pattern for name, pattern in patterns.items() if pattern is not None}
-
-
-def _selects(key: str, weight: PrunableWeight, also_held_back: bool = False) -> bool:
-    if weight.held_back and not also_held_back:
-        return key in weight.names
-    return any(fnmatch.fnmatchcase(name, key) for name in weight.names)
-
-
-def _pattern_of(weight: PrunableWeight, recipe: Recipe) -> Pattern | None:
-    for key, pattern in recipe.weights.items():
-        if _selects(key, weight):
-            return pattern
-    return None
-
-
-def _examples(weights: Mapping[str, PrunableWeight]) -> str:
-    shown = [
-        f"{name} ({weight.held_back}: only its exact name selects it)"
-        for name, weight in weights.items()
-        if weight.held_back
-    ][:1]
-    shown += [name for name, weight in weights.items() if not weight.held_back][:3]
-    return ", ".join(shown) or "none, there is no nn.Linear, Conv1D or nn.Conv2d"
-
-
-def _check(weight: PrunableWeight, pattern: Pattern) -> None:
-    rule = pattern.misfit(weight.fit_shape)
-    if rule is not None:
-        shape = tuple(weight.parameter.shape)
-        raise PatternDoesNotFit(pattern=pattern, name=weight.name, shape=shape, rule=rule)
-    strange = weight.parameter.numel() - int(weight.parameter.detach().isfinite().sum())
-    if strange:
-        raise NonFiniteWeight(name=weight.name, count=strange)
 
 
 def _decide(
     weights: Mapping[str, PrunableWeight], chosen: Mapping[str, Pattern], progress: bool
-) -> dict[str, Tensor]:
-    """Packed keep bits of each chosen weight's matrix: all are known before one is written."""
-    keeps = {}
+) -> tuple[dict[str, Tensor], dict[str, PrunedLayer]]:
+    """Packed keep bits of each chosen weight's matrix, all known before one is written."""
+    keeps, records = {}, {}
     bar = tqdm(chosen.items(), desc="sparsify", unit="weight", disable=not progress)
     for name, pattern in bar:
-        keep = pattern.keep(pattern.criterion.scores(weights[name].matrix()))
-        keeps[name] = pack_bits(keep)
-    return keeps
+        solved, records[name] = record_of(weights[name], pattern, {}, "")
+        keeps[name] = pack_bits(solved.keep)
+    return keeps, records
 
 
 def _write(weights: Mapping[str, PrunableWeight], keeps: Mapping[str, Tensor]) -> None:

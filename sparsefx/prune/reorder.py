@@ -1,0 +1,86 @@
+"""reorder(): input channels in the order that N:M patterns like best; the function stays.
+
+An order is shared by a weight's siblings and undone by its producers (prune.permute). Scores are
+those of the criterion where it has none but sums of rows: |W| without data, |W| * ||X|| with data.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sparsefx.calibrate.given import arguments_of, captured
+from sparsefx.calibrate.sequential import Block, Visited
+from sparsefx.entry import inferring
+from sparsefx.errors import MissingCalibration
+from sparsefx.patterns import NM, Pattern
+from sparsefx.prune.measure import Data, facts_of_blocks
+from sparsefx.prune.permute.apply import best_order, permute
+from sparsefx.prune.permute.coupling import Coupling, find_couplings
+from sparsefx.prune.wanda import wanda_scores
+from sparsefx.prune.weights import PrunableWeight
+
+# Comparisons of one coupling's search: four fifths of what five times as many would gain.
+WORK = 200_000_000
+KEPT = "its input channels keep their order: no other keeps more"
+
+
+def reorder(
+    data: Data, weights: Mapping[str, PrunableWeight], chosen: Mapping[str, Pattern]
+) -> dict[str, str]:
+    """Permutes channels of `data.model` in place, for the weights whose pattern is N:M.
+
+    Returns the name of each such weight with what became of it, in words: reordered, or why its
+    channels keep their order. Raises MissingCalibration, NotCapturable and
+    what the passes over the data raise; the model is unchanged after any of them.
+    """
+    if data.batches is None:
+        raise MissingCalibration(what="permute=True, which captures the model's graph,")
+    batch = next(iter(data.batches))
+    with inferring(data.model):
+        couplings = find_couplings(captured(data.model, arguments_of(batch)), data.model)
+    asked = {name: each for name, each in chosen.items() if isinstance(each, NM)}
+    scores = _scores(data, weights, asked)
+    reasons = {name: str(why.reason) for name, why in couplings.declined.items() if name in asked}
+    for coupling in couplings.found:
+        reasons |= _reorder(data.model, coupling, scores, asked)
+    return reasons
+
+
+def _reorder(
+    model: nn.Module,
+    coupling: Coupling,
+    scores: Mapping[str, Tensor],
+    asked: Mapping[str, NM],
+) -> dict[str, str]:
+    own = {each.name: asked[each.name] for each in coupling.consumers if each.name in asked}
+    if not own:
+        return {}
+    groups = {(pattern.n, pattern.m) for pattern in own.values()}
+    if len(groups) > 1:
+        return dict.fromkeys(own, "its siblings, which share the order, have another N:M")
+    ((n, m),) = groups
+    found = best_order(coupling, {name: scores[name] for name in own}, n, m, work=WORK)
+    permute(model, coupling, found.order)
+    return dict.fromkeys(own, "its input channels were reordered" if found.gain else KEPT)
+
+
+def _scores(
+    data: Data, weights: Mapping[str, PrunableWeight], asked: Mapping[str, NM]
+) -> dict[str, Tensor]:
+    """Of each weight [rows, input channels], float32: taps of a convolution are rows."""
+    by_data = [name for name, pattern in asked.items() if pattern.criterion.needs]
+    norms: dict[str, Tensor] = {}
+
+    def visit(block: Block) -> Visited:
+        for name, layer in block.layers.items():
+            norms[name] = layer.statistics["squares"].norms  # type: ignore[attr-defined]
+        return Visited()
+
+    if by_data:
+        facts_of_blocks(data, dict.fromkeys(by_data, frozenset({"squares"})), visit, "norms")
+    found = {}
+    for name in asked:
+        dense = weights[name].matrix().float()
+        scores = wanda_scores(dense, norms[name]) if name in norms else dense.abs()
+        found[name] = scores.reshape(-1, weights[name].fit_shape[1])
+    return found

@@ -1,0 +1,60 @@
+"""reestimate_batch_norm(): statistics are those of the data, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsefx
+from sparsefx.errors import EmptyCalibration, NonFiniteActivation
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 4, 1)
+    )
+
+
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 3, 9, 9, generator=generator) * scale for scale in (1.0, 2.0)]
+
+
+def test_statistics_are_the_mean_over_the_batches() -> None:
+    model = net().train()
+    frozen = copy.deepcopy(model)
+    assert sparsefx.reestimate_batch_norm(model, images()) == 1
+    outputs = [frozen[0](batch).detach().double() for batch in images()]
+    means = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variances = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in outputs]).mean(0)
+    torch.testing.assert_close(model[1].running_mean.double(), means, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model[1].running_var.double(), variances, atol=1e-5, rtol=1e-5)
+    assert all(module.training for module in model.modules()) and model[1].momentum == 0.1
+    for mine, other in zip(model.parameters(), frozen.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_pruned_convolution_is_normalised_again() -> None:
+    model = net()
+    x = images()[:1]
+    sparsefx.reestimate_batch_norm(model, x)
+    recipe = sparsefx.Recipe({"0.weight": sparsefx.Unstructured(0.7)})
+    pruned = sparsefx.sparsify(model.eval(), recipe, progress=False)
+    spread = [pruned[:2](x[0]).std((0, 2, 3)).detach()]
+    sparsefx.reestimate_batch_norm(pruned, x)
+    spread.append(pruned[:2](x[0]).std((0, 2, 3)).detach())
+    assert (spread[0] - 1).abs().max() > 0.05  # pruning has shrunk what the norm sees
+    torch.testing.assert_close(spread[1], torch.ones(8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["empty", "nan"])
+def test_failures_leave_the_norms_alone(case: str) -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    batches = [] if case == "empty" else [images()[0], torch.full((2, 3, 9, 9), torch.nan)]
+    with pytest.raises(EmptyCalibration if case == "empty" else NonFiniteActivation):
+        sparsefx.reestimate_batch_norm(model, batches)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert model[1].momentum == 0.1
