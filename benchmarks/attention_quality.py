@@ -39,7 +39,8 @@ class Result:
     """One line of the table; rise: of the perplexity over dense, in percent.
 
     goal: sparsity or k; calibrated, evaluated: share of visible tiles skipped (Theta: of elements
-    dropped in rows longer than k; not counted in the evaluation).
+    dropped in rows longer than k; not counted in the evaluation). seconds: of the calibration, next
+    to nothing where `--state` had the statistics.
     """
 
     method: str
@@ -50,17 +51,18 @@ class Result:
     evaluated: float
     perplexity: float
     rise: float
+    seconds: float
 
     def __str__(self) -> str:
         return (
             f"{self.method:<14}{self.per:<7}{self.order:<15}{self.goal:>7g}{self.calibrated:>12.3f}"
-            f"{self.evaluated:>11.3f}{self.perplexity:>12.3f}{self.rise:>+9.2f}"
+            f"{self.evaluated:>11.3f}{self.perplexity:>12.3f}{self.rise:>+9.2f}{self.seconds:>9.0f}"
         )
 
 
 HEAD = (
     f"{'method':<14}{'per':<7}{'order':<15}{'goal':>7}{'calibrated':>12}{'evaluated':>11}"
-    f"{'perplexity':>12}{'rise %':>9}"
+    f"{'perplexity':>12}{'rise %':>9}{'seconds':>9}"
 )
 
 
@@ -117,8 +119,8 @@ def measure(
         loss, skipped = evaluate(model, held_out, thresholds)
         share = calibrated_share(thresholds)
         rise = 100 * (loss / dense - 1)
-        results.append(Result(args.method, per, how, goal, share, skipped, loss, rise))
-        print(f"{results[-1]}   (calibration {seconds:.0f} s)", flush=True)
+        results.append(Result(args.method, per, how, goal, share, skipped, loss, rise, seconds))
+        print(results[-1], flush=True)
     return results
 
 

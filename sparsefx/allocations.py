@@ -1,20 +1,16 @@
 """How one budget is spread over the layers that a recipe prunes: frozen dataclasses."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from sparsefx import devices
+from sparsefx.attention.spec import Metric
 from sparsefx.errors import InvalidAllocation
 from sparsefx.patterns import NM, Pattern, Unstructured
 
 SCORES = ("gradient", "magnitude", "square")
 BUDGETS = ("parameters", "bytes", "time")
 GROUPS = ("weight", "block")
-Metric = Callable[[nn.Module], float]
-"""A loss of a model, lower is better."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,8 @@ class Within:
 
 
 _WITHIN = "Write Within(error=0.1), or Within(metric=loss, drop=0.02)"
-Allocation = Uniform | ER | ERK | OWL | GlobalMagnitude | ZerothOrder | Knapsack | Within
+ByData = OWL | ZerothOrder | Knapsack | Within
+Allocation = Uniform | ER | ERK | GlobalMagnitude | ByData
 
 
 def _is_number(value: object) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import sparsefx
+from sparsefx.allocations import ByData
 from sparsefx.detect import tightest
 from sparsefx.errors import UnreadableInput, UnreadableModel
 from sparsefx.input_files import check_call, load_batches, load_call
@@ -161,9 +162,8 @@ def _inputs(model: nn.Module, args: argparse.Namespace, batch: int = 1) -> dict[
 def _needs_data(recipe: sparsefx.Recipe) -> bool:
     """Whether something in the recipe is decided by running the model."""
     patterns = [pattern for pattern in recipe.weights.values() if pattern is not None]
-    data_free = sparsefx.Uniform | sparsefx.ER | sparsefx.ERK | sparsefx.GlobalMagnitude | None
     by_data = any(pattern.criterion.needs for pattern in patterns)
-    return by_data or recipe.attention is not None or not isinstance(recipe.allocation, data_free)
+    return by_data or recipe.attention is not None or isinstance(recipe.allocation, ByData)
 
 
 def _recipe(args: argparse.Namespace) -> sparsefx.Recipe | None:

@@ -1,6 +1,8 @@
 """What once went wrong, or could without a trace: names, dtypes, gradients, bad data."""
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +176,21 @@ def test_copies_share_nothing() -> None:
     fast = sparsefx.compile(Model(), recipe=RECIPE, calibration=DATA, guard="off")
     twin = copy.deepcopy(fast)
     assert attention_thresholds(twin) == attention_thresholds(fast)
+
+
+def test_batches_that_come_once_are_read_one_by_one(tmp_path: Path) -> None:
+    """Each is at work, and in the state, before the next is drawn."""
+
+    def batches() -> Iterator[object]:
+        yield DATA[0]
+        assert (tmp_path / "attention.safetensors").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsefx.sparsify(Model(), RECIPE, batches(), progress=False, state=tmp_path)
+
+
+def test_a_state_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    with pytest.raises(ForeignCalibration, match="it is a file"):
+        sparsefx.sparsify(Model(), RECIPE, DATA, progress=False, state=tmp_path / "state")

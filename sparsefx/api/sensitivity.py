@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from sparsefx import debug
-from sparsefx.allocations import GROUPS, Metric
+from sparsefx.allocations import GROUPS
 from sparsefx.api.sparse_model import check_calibration
+from sparsefx.attention.spec import Metric
 from sparsefx.calibrate.blocks import block_of, repeated_blocks
 from sparsefx.errors import MissingCalibration, UnknownOption
 from sparsefx.patterns import NM, Pattern, Unstructured

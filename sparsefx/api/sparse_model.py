@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsefx.allocations import OWL, Knapsack, Within, ZerothOrder
+from sparsefx.allocations import ByData, Within
 from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request
 from sparsefx.api.runnable import runnable
@@ -16,7 +16,7 @@ from sparsefx.api.target_table import choose_target, device_type
 from sparsefx.attention.spec import SkipSoftmax, default_tile
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention import calibrate_attention
-from sparsefx.errors import EmptyCalibration, MissingCalibration, UnknownOption
+from sparsefx.errors import EmptyCalibration, ForeignCalibration, MissingCalibration, UnknownOption
 from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.prune.sparsify import prune_weights, take_over
 from sparsefx.spec import Recipe
@@ -62,7 +62,7 @@ def sparsify(
     batches = check_calibration(calibration)
     check_data(recipe, batches)
     batches = _for_all_passes(recipe, batches)
-    folder = None if state is None else Path(state)
+    folder = _state_folder(state)
     later = inplace and bool(recipe.weights) and recipe.attention is not None
     pruned = prune_weights(
         model,
@@ -84,10 +84,24 @@ def sparsify(
     return pruned
 
 
+def _state_folder(state: str | Path | None) -> Path | None:
+    folder = None if state is None else Path(state)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ForeignCalibration(path=folder, rule="it is a file, and `state` is a folder")
+    return folder
+
+
 def _for_all_passes(recipe: Recipe, batches: Iterable[object] | None) -> Iterable[object] | None:
     """The batches, kept where more than one pass reads what can be read only once."""
-    several = bool(recipe.attention or recipe.allocation or recipe.permute)
-    return list(batches) if several and isinstance(batches, Iterator) else batches
+    passes = (
+        any(pattern is not None and pattern.criterion.needs for pattern in recipe.weights.values()),
+        isinstance(recipe.allocation, ByData),
+        isinstance(recipe.allocation, Within),  # which prunes more than once
+        recipe.permute,
+        recipe.permute,  # the graph, then the norms
+        recipe.attention is not None,
+    )
+    return list(batches) if sum(passes) > 1 and isinstance(batches, Iterator) else batches
 
 
 def decide(
@@ -121,7 +135,7 @@ def check_data(recipe: Recipe, batches: Iterable[object] | None) -> None:
     for weights in recipe.weights.values():
         if batches is None and weights is not None and weights.criterion.needs:
             raise MissingCalibration(what=f"{type(weights.criterion).__name__} for {weights}")
-    if batches is None and isinstance(recipe.allocation, OWL | ZerothOrder | Knapsack | Within):
+    if batches is None and isinstance(recipe.allocation, ByData):
         raise MissingCalibration(what=recipe.allocation)
     for pattern in recipe.attention_patterns():
         given = isinstance(pattern, SkipSoftmax) and pattern.factors is not None

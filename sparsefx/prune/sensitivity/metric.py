@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from sparsefx.allocations import Metric
+from sparsefx.attention.spec import Metric
 from sparsefx.calibrate import together
 from sparsefx.entry import inferring
 from sparsefx.errors import NonFiniteMetric

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from sparsefx.allocations import Metric
+from sparsefx.attention.spec import Metric
 from sparsefx.calibrate.sequential import Block, Observed, Visited
 from sparsefx.errors import InvalidPattern
 from sparsefx.patterns import Pattern
