@@ -159,10 +159,10 @@ class Within:
     error: largest relative output error of a layer, ||(W - W')X|| / ||W X||, in (0, 1). X is what
     the layer reads behind the pruned blocks, as in the report of the pruning, which keeps within.
     metric, drop: a loss of the model (lower is better), and by which share of its dense value it
-    may get worse, in (0, 1). All layers back off under one bound on their error on dense inputs:
-    the layer that errs most gives way first, whatever its size. The bound is found by bisection,
-    with at most 8 evaluations of the metric, each but the first after a pruning of its own; one
-    pass before them tries the whole ladder of every layer.
+    may get worse, in (0, 1). All layers back off together, rung by rung; of those on one rung the
+    layer that errs most on dense inputs gives way first. How far is found by bisection, with at
+    most 8 evaluations of the metric, each but the first after a pruning of its own; one pass before
+    them tries the whole ladder of every layer.
     """
 
     error: float | None = None

@@ -136,8 +136,7 @@ class Reconstruct:
 
     def __post_init__(self) -> None:
         if not isinstance(self.start, Magnitude | Random | Wanda | SparseGPT | DSnoT):
-            known = "Magnitude, Random, Wanda, SparseGPT or DSnoT"
-            raise _invalid(self, f"start must be {known}")
+            raise _invalid(self, "start must be Magnitude, Random, Wanda, SparseGPT or DSnoT")
         if not _real(self.damp) or self.damp <= 0:
             raise _invalid(self, f"damp={self.damp!r} must be a number above 0")
 

@@ -110,17 +110,16 @@ def test_within_a_metric_backs_off_until_it_holds() -> None:
         assert metric(everything) > 1.2
     reached = sparsefx.pruning_report(fast).totals.reached
     assert reached > 0.1
-    # One bound on the errors on dense inputs for all: what was kept lies below the least of what
-    # was given up.
-    kept, lost = [], []
-    for name, pattern in annotations(fast).items():
+    # All layers are on two rungs next to each other: the further one for those that err most.
+    stayed, moved, rungs = [], [], ladder(WANDA)
+    at = {name: rungs.index(pattern) for name, pattern in annotations(fast).items()}
+    least = min(at.values())
+    for name, rung in at.items():
         weight, x = model.get_parameter(name).detach(), inputs(model, name)
-        statistics = observed(x.float(), "squares")
-        rungs = ladder(WANDA)
-        errors = [error_of(weight, solve(weight, each, statistics).weight, x) for each in rungs]
-        kept.append(errors[rungs.index(pattern)])
-        lost += errors[: rungs.index(pattern)]
-    assert max(kept) < min(lost)
+        kept = solve(weight, rungs[least], observed(x.float(), "squares")).weight
+        (stayed if rung == least else moved).append(error_of(weight, kept, x))
+    assert set(at) == set(names) and set(at.values()) == {least, least + 1}
+    assert max(stayed) < min(moved)
 
 
 def test_within_a_metric_asks_once_for_what_holds_and_little_for_what_never_does() -> None:

@@ -60,18 +60,28 @@ def prune_weights(
             return prune_to(model, patterns, batches, progress=progress, max_memory=max_memory)
 
         chosen = spread(data, weights, chosen, recipe.allocation, build)
-    options = {"progress": progress, "max_memory": max_memory, "state": state}
-    if not recipe.permute:
-        return prune_to(model, chosen, batches, inplace=inplace, **options)
-    twin = copy.deepcopy(model)  # what follows may fail
-    notes = reorder(replace(data, model=twin), prunable_weights(twin), chosen)
-    prune_to(twin, chosen, batches, inplace=True, **options)
-    lines = pruned_layers(twin)
-    annotate_pruning(twin, {name: replace(lines[name], note=note) for name, note in notes.items()})
-    if not inplace:
-        return twin
-    take_over(model, twin)
-    return model
+    target = copy.deepcopy(model) if recipe.permute else model  # what follows may fail
+    notes = _reordered(target, data, chosen) if recipe.permute else {}
+    pruned = prune_to(
+        target,
+        chosen,
+        batches,
+        inplace=inplace or recipe.permute,
+        progress=progress,
+        max_memory=max_memory,
+        state=state,
+    )
+    lines = pruned_layers(pruned)
+    noted = {name: replace(lines[name], note=note) for name, note in notes.items()}
+    annotate_pruning(pruned, noted)
+    if recipe.permute and inplace:
+        take_over(model, pruned)
+        return model
+    return pruned
+
+
+def _reordered(model: nn.Module, data: Data, chosen: Mapping[str, Pattern]) -> dict[str, str]:
+    return reorder(replace(data, model=model), prunable_weights(model), chosen)
 
 
 def take_over(model: nn.Module, pruned: nn.Module) -> None:

@@ -6,6 +6,7 @@ assumed to fall along it: that spares measuring every rung, and no bound is ever
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -131,22 +132,25 @@ def _within_metric(
     allocation: Within,
     build: Build,
 ) -> Found:
-    """Bisects over the errors that were measured: each is a bound that moves one layer by a rung.
+    """Bisects over how many moves, each of one layer by one rung, are made before the metric holds.
 
-    Equal steps of the bisection are equal numbers of such moves, so that few evaluations suffice.
+    All layers move once before any moves twice (on ladders of one length), those that err most
+    first. Of MiniLM under Wanda at 45 % this loses 0.106 of the cosine with dense, where one bound
+    on all errors loses 0.137 at the same sparsity and the least sum of squared errors 0.165.
     """
     metric, drop = allocation.metric, allocation.drop
     assert metric is not None and drop is not None
     most = worst_allowed(dense_value_of(metric, data.model), drop)
     table = error_table(data, chosen, ladders)
-    bounds = sorted({error for errors in table.values() for error in errors}, reverse=True)
+    moves = _moves(table)
     last = {name: math.sqrt(errors[-1]) for name, errors in table.items()}
     best = {name: len(rungs) for name, rungs in ladders.items()}
-    low, high, middle = 0, len(bounds), 0
+    low, high, middle = 0, len(moves), 0
     for _ in range(EVALUATIONS - 1):
         if low == high:
             break
-        rungs = {name: _rung(errors, bounds[middle]) for name, errors in table.items()}
+        made = Counter(moves[:middle])
+        rungs = {name: made[name] for name in ladders}
         patterns = {
             name: ladders[name][at] for name, at in rungs.items() if at < len(ladders[name])
         }
@@ -158,9 +162,14 @@ def _within_metric(
     return best, last
 
 
-def _rung(errors: Sequence[float], bound: float) -> int:
-    """The sparsest rung within the bound, one past the last if there is none."""
-    return next((at for at, error in enumerate(errors) if error <= bound), len(errors))
+def _moves(table: Mapping[str, Sequence[float]]) -> list[str]:
+    """The names of the layers in the order in which they move by a rung, until all are dense."""
+    moves = [
+        (at / len(errors), -error, name)
+        for name, errors in table.items()
+        for at, error in enumerate(errors)
+    ]
+    return [name for _, _, name in sorted(moves)]
 
 
 def _warn_of_dense(errors: Mapping[str, float], ladders: Mapping[str, Sequence[Pattern]]) -> None:
