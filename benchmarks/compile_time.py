@@ -8,12 +8,8 @@ the loaded model took; Inductor's is in it. Limits: 20 s on two cores, 1.5 times
 """
 
 import argparse
-import os
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,12 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
 
 import sparsefx
+from benchmarks.memory import peak_memory
 from benchmarks.record import machine, write
 from examples.compile_smollm2 import RECIPE
 from examples.real_models import smollm2
 
 SECONDS, MEMORY = 20.0, 1.5
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,29 +63,6 @@ def measure(layers: int) -> dict[str, object]:
         "peak MB beyond the model, Inductor included": round(memory[0] / 1e6),
         "memory / weights": round(memory[0] / weights, 2),
     }
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """A list of one: afterwards, the largest growth of the resident set, bytes."""
-    before, done = _resident(), threading.Event()
-    peak = [0]
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _resident() - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 if __name__ == "__main__":

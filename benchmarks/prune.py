@@ -11,7 +11,6 @@ the largest while loading. Model: SmolLM2-135M-Instruct Q4_1, dequantised
 
 import argparse
 import copy
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when
 
 import sparsefx
 from benchmarks import record
+from benchmarks.memory import peak_memory, resident
 from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
 from sparsefx.allocations import Allocation
 from sparsefx.criteria import Criterion
@@ -86,14 +86,12 @@ def pattern_of(text: str) -> Pattern:
     return sparsefx.Unstructured(float(text))
 
 
-def peak_megabytes() -> float:
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def lines(args: argparse.Namespace) -> Iterator[Result]:
     """One for each pattern, criterion and allocation; the dense weights are put back between."""
-    model, tokenizer = smollm2(layers=args.layers)
+    before = resident()
+    with peak_memory() as loading:
+        model, tokenizer = smollm2(layers=args.layers)
+    loaded = before + loading[0]
     ids = tokenizer(wikipedia_text())["input_ids"][: args.samples * args.length]
     batches = [
         {"input_ids": each[None], "use_cache": False}
@@ -102,7 +100,6 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
     tokens = evaluation_tokens(tokenizer, args.tokens)
     print(f"dense perplexity {perplexity(model, tokens, CONTEXT):.3f}\n{HEAD}", flush=True)
     dense = copy.deepcopy(model.state_dict()) if args.several else {}
-    loaded = peak_megabytes()
     for pattern in map(pattern_of, args.pattern):
         for criterion in args.criterion:
             for allocation in args.allocation:
@@ -121,12 +118,14 @@ def one(
     batches: list[dict[str, object]],
     tokens: Tensor,
     names: tuple[str, str],
-    loaded: float,
+    loaded: int,
 ) -> Result:
     """Prunes `model` in place and evaluates it."""
-    started = time.perf_counter()
-    sparsefx.sparsify(model, recipe, batches, inplace=True)
-    seconds, beyond = time.perf_counter() - started, peak_megabytes() - loaded
+    before, started = resident(), time.perf_counter()
+    with peak_memory() as pruning:
+        sparsefx.sparsify(model, recipe, batches, inplace=True)
+    seconds = time.perf_counter() - started
+    beyond = max(0, before + pruning[0] - loaded) / 1e6
     totals = sparsefx.pruning_report(model).totals
     (pattern,) = recipe.weights.values()
     loss = perplexity(model, tokens, CONTEXT)
