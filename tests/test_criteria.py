@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsefx
 from sparsefx.annotations import annotations
-from sparsefx.calibrate.statistics import STATISTICS
+from sparsefx.calibrate.statistics import STATISTICS, Gram, Sketch
 from sparsefx.criteria import Criterion, DSnoT, Magnitude, Random, SparseGPT, Wanda
 from sparsefx.errors import (
     InvalidCriterion,
@@ -25,6 +25,8 @@ from sparsefx.patterns import NM, Block, Columns, Pattern, Rows, Unstructured
 from sparsefx.pipeline import PassContext, run
 from sparsefx.prune.solve import output_error, solve
 from tests.layer_inputs import correlated, observed, squared_errors, weight_of
+
+CPU = torch.device("cpu")
 
 CRITERIA: list[Criterion] = [
     Magnitude(),
@@ -92,11 +94,10 @@ def test_errors_fall_from_random_to_magnitude_to_wanda_to_sparsegpt(
     make: Callable[[Criterion], Pattern], seed: int
 ) -> None:
     x, weight = correlated(600, 48, seed), weight_of(32, 48, seed + 10)
-    statistics = observed(x)
+    statistics, gram = observed(x), Gram(48, x.device)
+    gram.add(x, 1)
     order = (Random(), Magnitude(), Wanda(), DSnoT(), SparseGPT())
-    errors = [
-        output_error(weight, solve(weight, make(c), statistics).weight, x.T @ x) for c in order
-    ]
+    errors = [output_error(weight, solve(weight, make(c), statistics).weight, gram) for c in order]
     assert errors[0] > errors[1] > errors[2] >= errors[3] > errors[4] > 0
 
 
@@ -201,15 +202,17 @@ def test_senseless_criteria_are_refused(make: Callable[[], object], says: str) -
         make()
 
 
-def test_output_error_is_that_of_the_outputs() -> None:
+@pytest.mark.parametrize("inputs", [Gram(24, CPU), Sketch(24, CPU)])  # a sketch of few is exact
+def test_output_error_is_that_of_the_outputs(inputs: Gram | Sketch) -> None:
     x, weight = correlated(300, 24), weight_of(8, 24)
     pruned = solve(weight, NM(2, 4), {}).weight
     lost = squared_errors(x, weight, pruned).sum()
     whole = squared_errors(x, weight, torch.zeros_like(weight)).sum()
     expected = float((lost / whole).sqrt())
-    assert output_error(weight, pruned, x.T @ x) == pytest.approx(expected, rel=1e-4)
-    assert output_error(weight.bfloat16(), weight.bfloat16(), x.T @ x) == 0
-    assert output_error(weight, pruned, torch.zeros(24, 24)) == 0
+    assert output_error(weight, pruned, inputs) == 0  # nothing was seen
+    inputs.add(x, 1)
+    assert output_error(weight, pruned, inputs) == pytest.approx(expected, rel=1e-4)
+    assert output_error(weight.bfloat16(), weight.bfloat16(), inputs) == 0
 
 
 @pytest.mark.parametrize(("pattern", "criterion"), CASES)

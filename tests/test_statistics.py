@@ -11,6 +11,7 @@ from sparsefx.calibrate.statistics import (
     AbsHistogram,
     Gram,
     Moments,
+    Sketch,
     SquareSum,
     Statistic,
 )
@@ -84,7 +85,39 @@ def test_histogram_takes_zeros_and_outliers() -> None:
     assert int(histogram.counts[0]) == 2 and int(histogram.counts[-1]) == 2
 
 
-@pytest.mark.parametrize("kind", STATISTICS)
+@pytest.mark.parametrize("step", [7, 512, 1100])
+def test_a_sketch_estimates_squared_norms(step: int) -> None:
+    x = rows(6000, 16)
+    x[::500] = 1000 * x[:1]  # a sink at the start of each text, which nearly is all there is
+    matrix = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    sketch = Sketch(16, CPU)
+    for part in x.split(step):
+        sketch.add(part, 1)
+    expected = (matrix.double() @ x.double().T).square().sum()
+    found = (matrix @ sketch.sums.T).square().sum()
+    assert float(found / expected) == pytest.approx(1, abs=3 * (2 / Sketch.ROWS) ** 0.5)
+
+
+def test_a_sketch_of_few_rows_is_all_of_them() -> None:
+    sketch, x = Sketch(5, CPU), rows(Sketch.ROWS, 5)
+    for part in x.split(90):
+        sketch.add(part, 1)
+    torch.testing.assert_close(sketch.sums.T @ sketch.sums, x.T @ x, rtol=1e-4, atol=1e-2)
+
+
+def test_the_sketches_of_two_processes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike rows in both, which would add up to twice their size under the same signs."""
+    x, total = rows(3000, 16), torch.zeros(Sketch.ROWS, 16)
+    for rank in range(2):
+        monkeypatch.setattr("sparsefx.calibrate.together.rank", lambda rank=rank: rank)
+        sketch = Sketch(16, CPU)
+        sketch.add(x, 1)
+        total += sketch.sums
+    found, expected = total.square().sum(), 2 * x.square().sum()
+    assert float(found / expected) == pytest.approx(1, abs=3 * (2 / Sketch.ROWS) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", sorted(STATISTICS.keys() - {"sketch"}))
 def test_sums_of_two_processes_add_up(kind: str) -> None:
     def of(x: Tensor, samples: int) -> Statistic:
         made = STATISTICS[kind](9, CPU)

@@ -25,7 +25,12 @@ def several() -> bool:
 
 def is_first() -> bool:
     """Whether this process is the one whose decisions hold, and that writes the state."""
-    return not several() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The number of this process, 0 where it is alone."""
+    return dist.get_rank() if several() else 0
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from sparsefx.calibrate.sequential import Block, Visited
-from sparsefx.calibrate.statistics import Gram, Statistic
+from sparsefx.calibrate.statistics import Gram, Sketch, Statistic
 from sparsefx.criteria import Random
 from sparsefx.errors import NonFiniteStatistics, SingularHessian
 from sparsefx.prune.allocation.costs import cost
@@ -19,9 +19,18 @@ from sparsefx.prune.weights import PrunableWeight
 from sparsefx.spec import Pattern
 
 
-def statistics_for(pattern: Pattern) -> frozenset[str]:
-    """What the criterion asks for, and the gram, of which the report's output error comes."""
-    return pattern.criterion.needs | {"gram"}
+def statistics_for(pattern: Pattern, *, exact: bool) -> frozenset[str]:
+    """What the criterion asks for, and that of which the output error comes.
+
+    exact: the gram; else a sketch will do where the criterion asks for no gram itself.
+    """
+    needs = pattern.criterion.needs
+    return needs | {"gram"} if exact or "gram" in needs else needs | {"sketch"}
+
+
+def needs_of(chosen: Mapping[str, Pattern], *, exact: bool) -> dict[str, frozenset[str]]:
+    """`statistics_for` the pattern of each weight by name, as `run_blocks` takes it."""
+    return {name: statistics_for(pattern, exact=exact) for name, pattern in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def record_from(facts: Mapping[str, object]) -> PrunedLayer:
 def tried(
     weight: PrunableWeight, pattern: Pattern, statistics: Mapping[str, Statistic]
 ) -> tuple[Solved, float | None]:
-    """The weight under a pattern that fits, and ||(W - W')X|| / ||W X||, None without a gram.
+    """The weight under a pattern that fits, and ||(W - W')X|| / ||W X||, None without inputs.
 
     Raises what `solve` does, naming the layer.
     """
@@ -78,9 +87,10 @@ def tried(
     except (SingularHessian, NonFiniteStatistics) as bad:
         bad.add_note(f"the layer is {weight.name}")
         raise
-    gram = statistics.get("gram")
-    error = output_error(dense, solved.weight, gram.gram) if isinstance(gram, Gram) else None
-    return solved, error
+    inputs = statistics.get("gram", statistics.get("sketch"))
+    if not isinstance(inputs, Gram | Sketch):
+        return solved, None
+    return solved, output_error(dense, solved.weight, inputs)
 
 
 def record_of(

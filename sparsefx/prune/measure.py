@@ -13,7 +13,7 @@ from sparsefx.calibrate.statistics import SquareSum
 from sparsefx.errors import MissingCalibration
 from sparsefx.patterns import Pattern
 from sparsefx.prune.allocation.owl import outlier_share
-from sparsefx.prune.decide import statistics_for, tried
+from sparsefx.prune.decide import needs_of, tried
 from sparsefx.prune.solve import Solved
 from sparsefx.prune.weights import PrunableWeight
 
@@ -64,7 +64,7 @@ def _outliers(layers: Sequence[Observed], outlier: float) -> float:
 def tried_on(layer: Observed, pattern: Pattern) -> tuple[Solved, float]:
     """The layer under a pattern that fits, and ||(W - W')X|| / ||W X|| on its inputs.
 
-    Its statistics are those of `needs_of`. Raises what `solve` does, naming the layer.
+    It has a gram among its statistics. Raises what `solve` does, naming the layer.
     """
     solved, error = tried(layer.weight, pattern, layer.statistics)
     assert error is not None  # there is a gram
@@ -107,16 +107,11 @@ def error_table(
     Choices are tried under the criterion of the weight's pattern in `chosen`. Infinite for a choice
     that does not fit.
     """
-    found = facts_of_blocks(data, needs_of(chosen), _Errors(chosen, choices), "errors")
+    found = facts_of_blocks(data, needs_of(chosen, exact=True), _Errors(chosen, choices), "errors")
     return {
         name: [math.inf if error is None else error for error in errors]
         for name, errors in found.items()
     }
-
-
-def needs_of(chosen: Mapping[str, Pattern]) -> dict[str, frozenset[str]]:
-    """The statistics that `tried_on` takes of each weight."""
-    return {name: statistics_for(pattern) for name, pattern in chosen.items()}
 
 
 def facts_of_blocks(

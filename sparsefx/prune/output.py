@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparsefx.calibrate.statistics import Gram, Sketch
+
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     """Squared norm of each output's change over all calibration rows, float64 [out], at least 0.
@@ -12,9 +14,18 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(1, dtype=torch.float64).clamp(min=0)
 
 
-def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """||(W - W') X|| / ||W X|| in the Frobenius norm, from gram = X^T X [in, in]; 0 for W X = 0."""
+def output_error(weight: Tensor, pruned: Tensor, inputs: Gram | Sketch) -> float:
+    """||(W - W') X|| / ||W X|| in the Frobenius norm, weights [out, in]; 0 for W X = 0.
+
+    From a gram, or estimated from a sketch of the layer's input.
+    """
     dense = weight.detach().float()
-    lost = row_errors(dense - pruned.detach().float(), gram).sum()
-    whole = row_errors(dense, gram).sum()
+    lost = _energy(dense - pruned.detach().float(), inputs)
+    whole = _energy(dense, inputs)
     return float((lost / whole).sqrt()) if whole > 0 else 0.0
+
+
+def _energy(matrix: Tensor, inputs: Gram | Sketch) -> Tensor:
+    if isinstance(inputs, Gram):
+        return row_errors(matrix, inputs.gram).sum()
+    return (matrix @ inputs.sums.T).square().sum(dtype=torch.float64)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsefx import debug
+from sparsefx.allocations import Within
 from sparsefx.annotations import annotate, annotate_pruning, annotations, pruned_layers
 from sparsefx.calibrate.digest import digest
 from sparsefx.calibrate.sequential import run_blocks
 from sparsefx.formats import pack_bits, unpack_bits
-from sparsefx.prune.decide import Decision, record_from, record_of, statistics_for
+from sparsefx.prune.decide import Decision, needs_of, record_from, record_of
 from sparsefx.prune.measure import Data
 from sparsefx.prune.reorder import reorder
 from sparsefx.prune.report.layers import PrunedLayer
@@ -70,6 +71,7 @@ def prune_weights(
         progress=progress,
         max_memory=max_memory,
         state=state,
+        exact=isinstance(recipe.allocation, Within) and recipe.allocation.error is not None,
     )
     lines = pruned_layers(pruned)
     noted = {name: replace(lines[name], note=note) for name, note in notes.items()}
@@ -105,12 +107,16 @@ def prune_to(
     progress: bool = True,
     max_memory: int | None = None,
     state: Path | None = None,
+    exact: bool = False,
 ) -> M:
-    """Each weight to its pattern by name, which fits; arguments and errors as `prune_weights`."""
+    """Each weight to its pattern by name, which fits; arguments and errors as `prune_weights`.
+
+    exact: no output error is an estimate.
+    """
     weights = prunable_weights(model)
     if any(pattern.criterion.needs for pattern in chosen.values()):
         assert batches is not None  # the caller has asked for them
-        return _with_data(model, chosen, batches, inplace, progress, max_memory, state)
+        return _with_data(model, chosen, batches, inplace, progress, max_memory, state, exact)
     keeps, records = _decide(weights, chosen, progress)
     pruned = model if inplace else copy.deepcopy(model)
     _write(prunable_weights(pruned), keeps)
@@ -125,15 +131,14 @@ def _with_data(
     progress: bool,
     max_memory: int | None,
     state: Path | None,
+    exact: bool,
 ) -> M:
     """Block by block, each on the outputs of the pruned blocks before it."""
-    needs = {name: statistics_for(pattern) for name, pattern in chosen.items()}
-    decision = Decision(chosen)
     with run_blocks(
         model,
         batches,
-        needs,
-        decision,
+        needs_of(chosen, exact=exact),
+        Decision(chosen),
         max_memory=max_memory,
         state=state,
         digest=digest(model, (f"{name} {pattern!r}" for name, pattern in chosen.items())),

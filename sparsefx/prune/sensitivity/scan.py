@@ -10,7 +10,8 @@ from sparsefx.calibrate.sequential import Block, Observed, Visited
 from sparsefx.errors import InvalidPattern
 from sparsefx.patterns import Pattern
 from sparsefx.prune.allocation.zeroth_order import restored
-from sparsefx.prune.measure import Data, facts_of_blocks, needs_of, tried_on
+from sparsefx.prune.decide import needs_of
+from sparsefx.prune.measure import Data, facts_of_blocks, tried_on
 from sparsefx.prune.sensitivity.layers import Scan, Trial, kind_of
 from sparsefx.prune.sensitivity.metric import dense_value_of, value_of
 from sparsefx.prune.sensitivity.within import Build
@@ -45,7 +46,7 @@ def scan(data: Data, asked: Asked) -> tuple[Scan, list[Scan]]:
     dense = None if asked.metric is None else dense_value_of(asked.metric, data.model)
     laid = {name: [_laid(c, asked, name) for c in asked.choices] for name in asked.chosen}
     visit = _Visit(data, asked, laid)
-    found = facts_of_blocks(data, needs_of(asked.chosen), visit, "sensitivity")
+    found = facts_of_blocks(data, needs_of(asked.chosen, exact=True), visit, "sensitivity")
     scans = [
         Scan(
             name=name,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparsefx.allocations import Within
 from sparsefx.calibrate.sequential import Block, Observed, Visited
 from sparsefx.patterns import NM, Pattern
-from sparsefx.prune.measure import Data, error_table, facts_of_blocks, needs_of, tried_on
+from sparsefx.prune.decide import needs_of
+from sparsefx.prune.measure import Data, error_table, facts_of_blocks, tried_on
 from sparsefx.prune.sensitivity.metric import dense_value_of, value_of, worst_allowed
 from sparsefx.prune.solve import Solved
 
@@ -65,7 +66,7 @@ def _within_error(
     data: Data, chosen: Patterns, ladders: Mapping[str, Sequence[Pattern]], bound: float
 ) -> Found:
     visit = _Search(ladders, bound)
-    facts = facts_of_blocks(data, needs_of(chosen), visit, "output errors")
+    facts = facts_of_blocks(data, needs_of(chosen, exact=True), visit, "output errors")
     return {name: fact[0] for name, fact in facts.items()}, {
         name: fact[1] for name, fact in facts.items()
     }
