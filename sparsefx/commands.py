@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import sparsefx
-from sparsefx.allocations import ByData
 from sparsefx.detect import tightest
 from sparsefx.errors import UnreadableInput, UnreadableModel
 from sparsefx.input_files import check_call, load_batches, load_call
@@ -159,18 +158,11 @@ def _inputs(model: nn.Module, args: argparse.Namespace, batch: int = 1) -> dict[
     return sample_inputs(model, args.rows, batch)
 
 
-def _needs_data(recipe: sparsefx.Recipe) -> bool:
-    """Whether something in the recipe is decided by running the model."""
-    patterns = [pattern for pattern in recipe.weights.values() if pattern is not None]
-    by_data = any(pattern.criterion.needs for pattern in patterns)
-    return by_data or recipe.attention is not None or isinstance(recipe.allocation, ByData)
-
-
 def _recipe(args: argparse.Namespace) -> sparsefx.Recipe | None:
     if args.recipe is None:
         return None
     recipe = sparsefx.Recipe.from_toml(args.recipe)
-    if args.model.is_file() and _needs_data(recipe):
+    if args.model.is_file() and (recipe.found_by_running() or recipe.attention is not None):
         rule = "a bare weight file cannot be run, and the recipe is to be calibrated"
         remedy = "Give a Hugging Face folder, or a recipe of magnitudes, without attention"
         raise UnreadableModel(path=args.model, rule=rule, remedy=remedy)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsefx.allocations import Allocation
-from sparsefx.attention.spec import AttentionPattern
+from sparsefx.allocations import Allocation, ByData
+from sparsefx.attention.spec import AttentionPattern, SkipSoftmax
 from sparsefx.errors import InvalidRecipe
 from sparsefx.files import write_atomically
 from sparsefx.patterns import NM as NM
@@ -76,6 +76,31 @@ class Recipe:
             if fnmatch.fnmatchcase(name, glob):
                 return pattern
         return None
+
+    def found_by_running(self) -> tuple[object, ...]:
+        """What in the recipe is found by running the model on data, as errors name it."""
+        patterns = [pattern for pattern in self.weights.values() if pattern is not None]
+        found: list[object] = [
+            f"{type(pattern.criterion).__name__} for {pattern}"
+            for pattern in patterns
+            if pattern.criterion.needs
+        ]
+        if isinstance(self.allocation, ByData):
+            found.append(self.allocation)
+        if self.permute:
+            found.append("permute=True, which captures the model's graph,")
+        for wanted in self.attention_patterns():
+            if not (isinstance(wanted, SkipSoftmax) and wanted.factors is not None):
+                found.append(wanted)
+        return tuple(found)
+
+    @property
+    def reads_data_once(self) -> bool:
+        """Whether one pass over the data decides everything, so that they may be streamed."""
+        if self.permute or isinstance(self.allocation, ByData):
+            return False
+        by_data = any(each is not None and each.criterion.needs for each in self.weights.values())
+        return not (by_data and self.attention is not None)
 
     def to_toml(self, path: str | Path) -> None:
         """Writes the recipe as TOML; the file appears whole or not at all.

@@ -8,12 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsefx.allocations import ByData, Within
 from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request
 from sparsefx.api.runnable import runnable
 from sparsefx.api.target_table import choose_target, device_type
-from sparsefx.attention.spec import SkipSoftmax, default_tile
+from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention import calibrate_attention
 from sparsefx.errors import EmptyCalibration, ForeignCalibration, MissingCalibration, UnknownOption
@@ -93,15 +92,9 @@ def _state_folder(state: str | Path | None) -> Path | None:
 
 def _for_all_passes(recipe: Recipe, batches: Iterable[object] | None) -> Iterable[object] | None:
     """The batches, kept where more than one pass reads what can be read only once."""
-    passes = (
-        any(pattern is not None and pattern.criterion.needs for pattern in recipe.weights.values()),
-        isinstance(recipe.allocation, ByData),
-        isinstance(recipe.allocation, Within),  # which prunes more than once
-        recipe.permute,
-        recipe.permute,  # the graph, then the norms
-        recipe.attention is not None,
-    )
-    return list(batches) if sum(passes) > 1 and isinstance(batches, Iterator) else batches
+    if isinstance(batches, Iterator) and not recipe.reads_data_once:
+        return list(batches)
+    return batches
 
 
 def decide(
@@ -132,15 +125,9 @@ def check_calibration(calibration: Iterable[object] | None) -> Iterable[object] 
 
 def check_data(recipe: Recipe, batches: Iterable[object] | None) -> None:
     """Raises MissingCalibration where something is to be found from data and there is none."""
-    for weights in recipe.weights.values():
-        if batches is None and weights is not None and weights.criterion.needs:
-            raise MissingCalibration(what=f"{type(weights.criterion).__name__} for {weights}")
-    if batches is None and isinstance(recipe.allocation, ByData):
-        raise MissingCalibration(what=recipe.allocation)
-    for pattern in recipe.attention_patterns():
-        given = isinstance(pattern, SkipSoftmax) and pattern.factors is not None
-        if batches is None and not given:
-            raise MissingCalibration(what=pattern)
+    if batches is None:
+        for what in recipe.found_by_running():
+            raise MissingCalibration(what=what)
 
 
 def calibrated(

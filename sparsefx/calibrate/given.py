@@ -1,7 +1,7 @@
 """A calibration batch as the arguments of a call, and the model's graph for it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.utils._pytree as pytree
@@ -43,17 +43,28 @@ def arguments_of(batch: object) -> Given:
     return Given(args, kwargs, leaves, f"{spec} {described}")
 
 
-def captured(model: nn.Module, given: Given, number: int = 0) -> fx.GraphModule:
+def tensors_in(output: object) -> tuple[Tensor, ...]:
+    """Every tensor of a model's output, in order."""
+    return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def captured(
+    model: nn.Module,
+    given: Given,
+    number: int = 0,
+    result: Callable[[object, Mapping[str, object]], object] | None = None,
+) -> fx.GraphModule:
     """The graph of one signature, whose outputs are tensors only: caches are of no use here.
 
+    result: what is made of the model's output and its keyword arguments, within the graph.
     `number` is the batch's, for errors. Raises NotCapturable.
     """
     twin = shell(model)
 
     @functools.wraps(model.forward)
     def forward(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        leaves = pytree.tree_leaves(model.forward(*args, **kwargs))
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        output = model.forward(*args, **kwargs)
+        return tensors_in(output if result is None else result(output, kwargs))
 
     twin.__dict__["forward"] = forward
     try:

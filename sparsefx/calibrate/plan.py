@@ -83,7 +83,7 @@ class Reader:
             # A generator may fill the same tensor again for its next batch.
             ticket = shelf.put(inputs if isinstance(batches, Sequence) else clone_inputs(inputs))
             program = list(self._graphs).index(given.signature)
-            found.append(Batch(program, ticket, _tokens(graph.gm, given.leaves)))
+            found.append(Batch(program, ticket, tokens_of(graph.gm, given.leaves)))
             digest.update(given.signature.encode())
             for leaf in given.leaves:
                 digest.update(_content(leaf))
@@ -129,7 +129,7 @@ class Reader:
         return layers
 
 
-def _tokens(gm: fx.GraphModule, leaves: Sequence[object]) -> Tokens:
+def tokens_of(gm: fx.GraphModule, leaves: Sequence[object]) -> Tokens:
     """Of a mask [batch, length] that is an input named attention_mask; samples: of the first
     tensor."""
     inputs = gm.graph.find_nodes(op="placeholder")

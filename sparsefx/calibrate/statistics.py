@@ -131,8 +131,8 @@ class Sketch:
     Each row is added to one of them under a random sign (a count sketch, Charikar et al. 2002): the
     squared norm of D X^T is then expected to be that of D S^T, exact over the first ROWS rows, and
     off by some sqrt(2 / ROWS) at most where one direction has it all. Rows far larger than others,
-    as those of attention sinks, count whole, which in a sample of rows they may not. A thousandth of
-    the work of a Gram.
+    as those of attention sinks, count whole, which in a sample of rows they may not. Far less work
+    than a Gram: one addition for each number that is read.
     """
 
     ROWS = 512

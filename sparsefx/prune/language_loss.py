@@ -22,22 +22,33 @@ def losses_of(model: nn.Module, batches: Iterable[object]) -> tuple[Callable[[in
 
     def loss(number: int) -> float:
         with inferring(model), torch.no_grad():
-            return float(_loss(call_with(model, kept[number]), kept[number]))
+            output = call_with(model, kept[number])
+            found = loss_of(output, kept[number])
+        if found is None:
+            known = "a model whose output has `loss`, or `logits` for batches with input_ids"
+            raise UnknownOption(option="ZerothOrder on", value=type(output).__name__, known=known)
+        return float(found)
 
     return loss, len(kept)
 
 
-def _loss(output: object, batch: object) -> Tensor:
+def loss_of(output: object, batch: object, reduction: str = "mean") -> Tensor | None:
+    """The loss of one output of a model, as `losses_of` has it; None if it gives neither.
+
+    reduction: "mean" or "sum" over the tokens that are predicted; a loss of its own is as it is.
+    """
     given = getattr(output, "loss", None)
     if isinstance(given, Tensor):
         return given
     logits = getattr(output, "logits", None)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or logits.dim() != 3:
-        known = "a model whose output has `loss`, or `logits` for batches with input_ids"
-        raise UnknownOption(option="ZerothOrder on", value=type(output).__name__, known=known)
+        return None
+    if logits.shape[:2] != ids.shape:
+        return None
     targets = ids[:, 1:]
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor):
         targets = targets.masked_fill(mask[:, 1:] == 0, -100)
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    return cross_entropy(predicted, targets.flatten(), reduction=reduction)

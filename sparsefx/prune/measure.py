@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefx.calibrate.sequential import Block, Observed, Visit, Visited, run_blocks
-from sparsefx.calibrate.statistics import SquareSum
+from sparsefx.calibrate.statistics import Gram, SquareSum
 from sparsefx.errors import MissingCalibration
 from sparsefx.patterns import Pattern
 from sparsefx.prune.allocation.owl import outlier_share
 from sparsefx.prune.decide import needs_of, tried
+from sparsefx.prune.output import row_errors
 from sparsefx.prune.solve import Solved
 from sparsefx.prune.weights import PrunableWeight
 
@@ -73,10 +74,11 @@ def tried_on(layer: Observed, pattern: Pattern) -> tuple[Solved, float]:
 
 @dataclass(frozen=True)
 class _Errors:
-    """A visit that tries every choice on every layer of a dense model."""
+    """A visit that tries every choice on every layer of a dense model; see `error_table`."""
 
     chosen: Mapping[str, Pattern]
     choices: Mapping[str, Sequence[Pattern | None]]
+    importance: Mapping[str, Tensor] | None
 
     def __call__(self, block: Block) -> Visited:
         return Visited(facts={name: self._of(name, each) for name, each in block.layers.items()})
@@ -89,25 +91,35 @@ class _Errors:
         ]
 
     def _error(self, layer: Observed, pattern: Pattern | None) -> float | None:
-        """Squared relative output error; None if the pattern does not fit."""
+        """None if the pattern does not fit."""
         if pattern is None:
             return 0.0
         if pattern.misfit(layer.weight.fit_shape) is not None:
             return None
-        return tried_on(layer, pattern)[1] ** 2
+        solved, error = tried_on(layer, pattern)
+        if self.importance is None:
+            return error**2
+        gram = layer.statistics["gram"]
+        assert isinstance(gram, Gram)
+        lost = row_errors(layer.weight.matrix().float() - solved.weight, gram.gram)
+        return float(lost @ self.importance[layer.weight.name]) / 2 / max(1, int(gram.count[1]))
 
 
 def error_table(
     data: Data,
     chosen: Mapping[str, Pattern],
     choices: Mapping[str, Sequence[Pattern | None]],
+    importance: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[float]]:
-    """Of each weight, the squared relative output error of each of its choices on dense inputs.
+    """Of each weight, the error of each of its choices on dense inputs.
 
+    That is the squared relative output error; with the importance [out] of each weight's outputs,
+    half the squared change of each output times its importance, a sample of the data on average.
     Choices are tried under the criterion of the weight's pattern in `chosen`. Infinite for a choice
     that does not fit.
     """
-    found = facts_of_blocks(data, needs_of(chosen, exact=True), _Errors(chosen, choices), "errors")
+    visit = _Errors(chosen, choices, importance)
+    found = facts_of_blocks(data, needs_of(chosen, exact=True), visit, "errors")
     return {
         name: [math.inf if error is None else error for error in errors]
         for name, errors in found.items()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sparsefx.calibrate.given import arguments_of, captured
 from sparsefx.calibrate.sequential import Block, Visited
 from sparsefx.entry import inferring
-from sparsefx.errors import MissingCalibration
 from sparsefx.patterns import NM, Pattern
 from sparsefx.prune.measure import Data, facts_of_blocks
 from sparsefx.prune.permute.apply import best_order, permute
@@ -30,11 +29,10 @@ def reorder(
     """Permutes channels of `data.model` in place, for the weights whose pattern is N:M.
 
     Returns the name of each such weight with what became of it, in words: reordered, or why its
-    channels keep their order. Raises MissingCalibration, NotCapturable and
-    what the passes over the data raise; the model is unchanged after any of them.
+    channels keep their order. Raises NotCapturable and what the passes over the data raise; the
+    model is unchanged after any of them.
     """
-    if data.batches is None:
-        raise MissingCalibration(what="permute=True, which captures the model's graph,")
+    assert data.batches is not None  # `permute` has asked for them
     batch = next(iter(data.batches))
     with inferring(data.model):
         couplings = find_couplings(captured(data.model, arguments_of(batch)), data.model)

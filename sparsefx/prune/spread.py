@@ -22,7 +22,7 @@ from sparsefx.allocations import (
     ZerothOrder,
 )
 from sparsefx.calibrate.blocks import block_of, repeated_blocks
-from sparsefx.errors import InvalidAllocation
+from sparsefx.errors import InvalidAllocation, MissingCalibration
 from sparsefx.patterns import NM, Pattern
 from sparsefx.prune.allocation.choose import choose
 from sparsefx.prune.allocation.global_magnitude import global_magnitude
@@ -32,6 +32,7 @@ from sparsefx.prune.allocation.proportional import by_score, er, erk
 from sparsefx.prune.allocation.zeroth_order import zeroth_order_scores
 from sparsefx.prune.language_loss import losses_of
 from sparsefx.prune.layer_of import layer_of
+from sparsefx.prune.loss_gradients import squared_gradients
 from sparsefx.prune.measure import Data, error_table, outliers_of_blocks
 from sparsefx.prune.sensitivity.within import Build, within
 from sparsefx.prune.weights import PrunableWeight
@@ -55,7 +56,7 @@ def spread(
     if isinstance(allocation, Within):
         return within(data, chosen, allocation, build)
     if isinstance(allocation, Knapsack):
-        errors = error_table(data, chosen, dict.fromkeys(chosen, allocation.choices))
+        errors = _errors(data, weights, chosen, allocation)
         found = choose(layers, chosen, errors, allocation, data.cache).patterns
         return {
             name: replace(pattern, criterion=chosen[name].criterion)
@@ -65,6 +66,18 @@ def spread(
     budget = _Budgets(data, weights, layers, allocation)
     spreads = {pattern: budget.of(pattern, chosen) for pattern in dict.fromkeys(chosen.values())}
     return {name: spreads[pattern][name] for name, pattern in chosen.items()}
+
+
+def _errors(
+    data: Data, weights: Weights, chosen: Patterns, allocation: Knapsack
+) -> dict[str, list[float]]:
+    importance = None
+    if allocation.objective == "loss":
+        if data.batches is None:
+            raise MissingCalibration(what="a knapsack")
+        asked = {name: weights[name] for name in chosen}
+        importance = squared_gradients(data.model, data.batches, asked)
+    return error_table(data, chosen, dict.fromkeys(chosen, allocation.choices), importance)
 
 
 def layers_of(weights: Weights, chosen: Patterns) -> list[Layer]:

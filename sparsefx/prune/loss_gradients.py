@@ -1,0 +1,133 @@
+"""How strongly a model's loss depends on the outputs of its layers: mean squared gradients.
+
+    g = d loss / d output        E[g^2] over tokens, of each output of a layer
+
+To second order, with the Fisher matrix for the Hessian, and outputs and tokens taken as
+independent, an error d of the outputs raises the loss by 1/2 sum E[g^2] d^2. Kim et al. 2025
+(GuidedQuant, arXiv 2505.07004) weigh the errors of quantised layers by the same gradients.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsefx.calibrate import together
+from sparsefx.calibrate.given import Given, arguments_of, captured, tensors_in
+from sparsefx.calibrate.inputs import PatchRows, Tokens, Use, layer_uses
+from sparsefx.calibrate.plan import tokens_of
+from sparsefx.calibrate.statistics import SquareSum
+from sparsefx.entry import inferring
+from sparsefx.errors import EmptyCalibration, NonFiniteStatistics
+from sparsefx.prune.language_loss import loss_of
+from sparsefx.prune.weights import PrunableWeight
+
+BATCHES = 8  # means over thousands of tokens: more of them change little
+
+
+def squared_gradients(
+    model: nn.Module, batches: Iterable[object], weights: Mapping[str, PrunableWeight]
+) -> dict[str, Tensor]:
+    """Mean squared gradient of the loss at each output of each layer, float64 [out], by name.
+
+    The loss is the sum over predicted tokens of a language model, or the output's own `loss`
+    (`loss_of`); of any other model a sum of its outputs under random signs, whose squared gradient
+    is expected to be that of every output. Of the first 8 batches, in eval mode; gradients of
+    activations only, so memory is the activations of one batch. Padding does not count. The model
+    is not changed. In distributed runs the means are over all processes.
+
+    Raises EmptyCalibration, NotCapturable, NonFiniteStatistics.
+    """
+    names = {alias: name for name, each in weights.items() for alias in each.names}
+    found = {
+        name: SquareSum(each.fit_shape[0], each.parameter.device) for name, each in weights.items()
+    }
+    graphs: dict[str, tuple[fx.GraphModule, list[Use]]] = {}
+    with inferring(model), together.all_or_none("finding its gradients"):
+        number = -1
+        for number, batch in enumerate(islice(batches, BATCHES)):
+            given = arguments_of(batch)
+            if given.signature not in graphs:
+                gm = captured(model, given, number, _loss_or_outputs)
+                graphs[given.signature] = gm, layer_uses(gm, names)
+            _add(*graphs[given.signature], given, found, number)
+        if number < 0:
+            raise EmptyCalibration
+    together.add_up(tensor for each in found.values() for tensor in each.tensors.values())
+    return {name: _mean(name, each) for name, each in found.items()}
+
+
+def _loss_or_outputs(output: object, inputs: Mapping[str, object]) -> object:
+    loss = loss_of(output, inputs, "sum")
+    return output if loss is None else loss
+
+
+def _add(
+    gm: fx.GraphModule,
+    uses: list[Use],
+    given: Given,
+    found: Mapping[str, SquareSum],
+    number: int,
+) -> None:
+    watched = _Watched(gm, uses, tokens_of(gm, given.leaves), found)
+    with torch.enable_grad():
+        outputs = [each for each in tensors_in(watched.run(*given.leaves)) if each.requires_grad]
+        random = torch.Generator().manual_seed(number)
+        signs = [
+            torch.ones_like(each) if each.dim() == 0 else _signs(each, random) for each in outputs
+        ]
+        if outputs:
+            torch.autograd.backward(outputs, signs, inputs=watched.leaves)
+
+
+def _signs(like: Tensor, random: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, like.shape, generator=random) * 2 - 1
+    return signs.to(like.device, like.dtype)
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph with weights that need no gradients; adds those of the layers' outputs."""
+
+    def __init__(
+        self, gm: fx.GraphModule, uses: list[Use], tokens: Tokens, found: Mapping[str, SquareSum]
+    ) -> None:
+        super().__init__(gm)
+        self._uses = {use.node: use for use in uses}
+        self._tokens, self._found = tokens, found
+        self.leaves: list[Tensor] = []
+        """The outputs at which gradients begin: nothing before them depends on a layer."""
+
+    def get_attr(self, target: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:  # type: ignore[override]
+        """As the base class does, but that weights need no gradients."""
+        value = super().get_attr(target, args, kwargs)  # type: ignore[arg-type]
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> object:
+        """As the base class does; a layer's output is watched."""
+        value = super().run_node(n)
+        if n not in self._uses:
+            return value
+        assert isinstance(value, Tensor)
+        if not value.requires_grad:
+            self.leaves.append(value.detach().requires_grad_())
+            value = self.leaves[-1].clone()  # a leaf may not be written to, as relu_ does
+        use = self._uses[n]
+        value.register_hook(lambda gradient: self._take(use, gradient))
+        return value
+
+    def _take(self, use: Use, gradient: Tensor) -> None:
+        if isinstance(use.rows, PatchRows):
+            rows = gradient.movedim(-3, -1).flatten(0, -2)
+        else:
+            rows = self._tokens.of(gradient)
+        self._found[use.parameter].add(rows, self._tokens.samples)
+
+
+def _mean(name: str, gradients: SquareSum) -> Tensor:
+    mean = gradients.squares / gradients.count[0].clamp(min=1)  # nothing: the loss ignores it
+    if not mean.isfinite().all():
+        error = NonFiniteStatistics(statistic="gradients")
+        error.add_note(f"the layer is {name}")
+        raise error
+    return mean
