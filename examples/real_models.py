@@ -158,6 +158,16 @@ def wikipedia_text() -> str:
     )
 
 
+def lee_judgements() -> tuple[list[str], Tensor]:
+    """50 news texts, and how alike people find each two of them, float64 [50, 50] in [0, 1].
+
+    Lee, Pincombe and Welsh 2005, "An empirical evaluation of models of text document similarity".
+    """
+    texts = package_file("gensim", "test/test_data/lee.cor").read_text("latin-1").splitlines()
+    judged = np.loadtxt(package_file("gensim", "test/test_data/similarities0-1.txt"))
+    return texts, torch.from_numpy(judged)
+
+
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, count: int = 4096) -> Tensor:
     """`count` tokens from the middle of the Wikipedia text, int64 [count].
 
