@@ -29,7 +29,7 @@ from examples.real_models import dinov2_samples, dinov2_small, minilm, wikipedia
 from sparsefx import Recipe, SkipSoftmax
 from sparsefx.attention.spec import TILES
 from sparsefx.attention.wanted import Wanted
-from sparsefx.calibrate.attention import calibrate_attention
+from sparsefx.calibrate.attention.calibration import calibrate_attention
 from sparsefx.calibrate.door import Function
 
 GRID = 37  # patches a side, as DINOv2 was trained: 1,370 tokens

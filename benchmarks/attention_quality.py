@@ -29,7 +29,7 @@ from sparsefx import Recipe, SkipSoftmax, Theta
 from sparsefx.attention.spec import ORDERS, PER, TILES
 from sparsefx.attention.thresholds import AttentionThresholds, SkipThresholds
 from sparsefx.attention.wanted import Wanted
-from sparsefx.calibrate.attention import calibrate_attention
+from sparsefx.calibrate.attention.calibration import calibrate_attention
 
 CONTEXT = 2048
 

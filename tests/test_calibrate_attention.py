@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsefx.attention.spec import AttentionPattern, SkipSoftmax, Theta
 from sparsefx.attention.thresholds import AttentionThresholds, SkipThresholds, ThetaThresholds
 from sparsefx.attention.wanted import Wanted
-from sparsefx.calibrate.attention import calibrate_attention
+from sparsefx.calibrate.attention.calibration import calibrate_attention
 from sparsefx.calibrate.door import through_passes
 from sparsefx.errors import (
     AttentionNotFound,

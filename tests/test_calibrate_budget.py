@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsefx.attention.spec import SkipSoftmax
-from sparsefx.calibrate.allocate import reach, within
-from sparsefx.calibrate.law import at_factor, fit
-from sparsefx.calibrate.skips import SkipStatistics
-from sparsefx.calibrate.solve import SparsityOutOfReach, solve
+from sparsefx.calibrate.attention.allocate import reach, within
+from sparsefx.calibrate.attention.law import at_factor, fit
+from sparsefx.calibrate.attention.skips import SkipStatistics
+from sparsefx.calibrate.attention.solve import SparsityOutOfReach, solve
 
 # TensorRT-LLM's published factors of Qwen3-30B-A3B-Instruct-2507 (its tech blog 16).
 SPARSITIES = torch.arange(1, 10) / 10

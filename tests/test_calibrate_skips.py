@@ -8,9 +8,15 @@ from torch import Tensor
 
 from sparsefx.attention.meaning import kept_tiles, scores, skip_softmax_attention, softmax
 from sparsefx.attention.spec import ORDERS, SkipSoftmax
-from sparsefx.calibrate.skips import QUERY_TILES, SkipStatistics, Tables, chosen_tiles, decode_rows
-from sparsefx.calibrate.tiles import Call
-from sparsefx.calibrate.trials import longer, trial_factors
+from sparsefx.calibrate.attention.skips import (
+    QUERY_TILES,
+    SkipStatistics,
+    Tables,
+    chosen_tiles,
+    decode_rows,
+)
+from sparsefx.calibrate.attention.tiles import Call
+from sparsefx.calibrate.attention.trials import longer, trial_factors
 from tests.attention_cases import Sizes, masks, skipping_inputs
 
 TILE = (16, 16)

@@ -9,8 +9,8 @@ from torch import Tensor
 from sparsefx.attention.dense import dense_attention
 from sparsefx.attention.meaning import scores, softmax, theta_attention
 from sparsefx.attention.spec import Theta
-from sparsefx.calibrate.thetas import BAND, COUNT, THETA, ThetaStatistics, of_layer
-from sparsefx.calibrate.tiles import Call
+from sparsefx.calibrate.attention.thetas import BAND, COUNT, THETA, ThetaStatistics, of_layer
+from sparsefx.calibrate.attention.tiles import Call
 from tests.attention_cases import Sizes, masks, skipping_inputs
 
 SIZES = Sizes(queries=70, keys=70)

@@ -9,7 +9,7 @@ import transformers
 
 from examples.real_models import smollm2
 from sparsefx.annotations import attention_thresholds
-from sparsefx.calibrate.solve import SparsityOutOfReach
+from sparsefx.calibrate.attention.solve import SparsityOutOfReach
 
 README = Path(__file__).parent.parent / "README.md"
 

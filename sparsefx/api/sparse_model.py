@@ -14,7 +14,7 @@ from sparsefx.api.runnable import runnable
 from sparsefx.api.target_table import choose_target, device_type
 from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
-from sparsefx.calibrate.attention import calibrate_attention
+from sparsefx.calibrate.attention.calibration import calibrate_attention
 from sparsefx.errors import EmptyCalibration, ForeignCalibration, MissingCalibration, UnknownOption
 from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.prune.sparsify import prune_weights, take_over

@@ -1,1 +1,1 @@
-"""Thresholds and masks decided from data: observers of a graph run, and who drives them."""
+"""Calibration data through a model: the sequential driver, its statistics, and attention."""

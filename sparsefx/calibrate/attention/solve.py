@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sparsefx.attention.spec import SkipSoftmax
 from sparsefx.attention.thresholds import SkipThresholds
-from sparsefx.calibrate.allocate import reach, within
-from sparsefx.calibrate.law import at_factor, fit
-from sparsefx.calibrate.skips import SkipStatistics, Tables
+from sparsefx.calibrate.attention.allocate import reach, within
+from sparsefx.calibrate.attention.law import at_factor, fit
+from sparsefx.calibrate.attention.skips import SkipStatistics, Tables
 
 Factors = list[Tensor]
 TOLERANCE = 0.02

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from sparsefx.attention.spec import AttentionPattern, SkipSoftmax, Theta
 from sparsefx.attention.thresholds import AttentionThresholds
-from sparsefx.calibrate import state as states
+from sparsefx.calibrate.attention import state as states
+from sparsefx.calibrate.attention.observe import ObserveAttention
+from sparsefx.calibrate.attention.skips import LEAST_TILES
+from sparsefx.calibrate.attention.solve import solve
+from sparsefx.calibrate.attention.survey import Survey
+from sparsefx.calibrate.attention.within import Build, back_off
 from sparsefx.calibrate.digest import digest
 from sparsefx.calibrate.door import call_with, through_passes
-from sparsefx.calibrate.observe import ObserveAttention
-from sparsefx.calibrate.skips import LEAST_TILES
-from sparsefx.calibrate.solve import solve
-from sparsefx.calibrate.survey import Survey
-from sparsefx.calibrate.within import Build, back_off
 from sparsefx.entry import inferring
 from sparsefx.errors import AttentionNotFound, EmptyCalibration, ShortCalibration
 from sparsefx.pipeline import Pass

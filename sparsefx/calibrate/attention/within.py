@@ -8,8 +8,8 @@ from torch import nn
 
 from sparsefx.attention.spec import Metric, SkipSoftmax
 from sparsefx.attention.thresholds import AttentionThresholds
-from sparsefx.calibrate.skips import SkipStatistics
-from sparsefx.calibrate.solve import solve, thresholds
+from sparsefx.calibrate.attention.skips import SkipStatistics
+from sparsefx.calibrate.attention.solve import solve, thresholds
 from sparsefx.entry import inferring
 
 Build = Callable[[Mapping[str, AttentionThresholds]], nn.Module]

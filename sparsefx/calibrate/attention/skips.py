@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sparsefx.attention.meaning import log_lambda, running_maxima
 from sparsefx.attention.spec import SkipSoftmax
-from sparsefx.calibrate.tiles import Band, Call
-from sparsefx.calibrate.trials import longer
+from sparsefx.calibrate.attention.tiles import Band, Call
+from sparsefx.calibrate.attention.trials import longer
 
 LEAST_TILES = 4
 QUERY_TILES = 16

@@ -15,7 +15,7 @@ from sparsefx.attention.interpolate import at_lengths
 from sparsefx.attention.meaning import shaped
 from sparsefx.attention.spec import Theta
 from sparsefx.attention.thresholds import ThetaThresholds
-from sparsefx.calibrate.tiles import Band, Call, wide
+from sparsefx.calibrate.attention.tiles import Band, Call, wide
 
 PER_OCTAVE = 8
 BAND = (64, 64)

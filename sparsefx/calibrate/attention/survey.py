@@ -6,11 +6,11 @@ from torch import Tensor
 
 from sparsefx.attention.sites import AttentionSite
 from sparsefx.attention.spec import SkipSoftmax, Theta
-from sparsefx.calibrate.observe import Observer
-from sparsefx.calibrate.skips import SkipStatistics
-from sparsefx.calibrate.state import Saved
-from sparsefx.calibrate.thetas import BAND, ThetaStatistics, of_layer
-from sparsefx.calibrate.tiles import Call
+from sparsefx.calibrate.attention.observe import Observer
+from sparsefx.calibrate.attention.skips import SkipStatistics
+from sparsefx.calibrate.attention.state import Saved
+from sparsefx.calibrate.attention.thetas import BAND, ThetaStatistics, of_layer
+from sparsefx.calibrate.attention.tiles import Call
 from sparsefx.errors import NonFiniteAttention
 from sparsefx.spec import Recipe
 
