@@ -48,11 +48,18 @@ ALLOCATIONS: dict[str, Allocation | None] = {
     "owl": sparsefx.OWL(),
     "global": sparsefx.GlobalMagnitude(min_keep=1e-3),
     "zeroth-order": sparsefx.ZerothOrder(),
-    "knapsack": sparsefx.Knapsack(
-        choices=(None, *(sparsefx.Unstructured(share / 10) for share in range(1, 10))),
-        budget="parameters",
-    ),
 }
+
+
+def allocation_of(name: str, pattern: Pattern) -> Allocation | None:
+    """A knapsack's choices are milder and harder forms of the pattern, at equal bytes for N:M."""
+    if name != "knapsack":
+        return ALLOCATIONS[name]
+    if isinstance(pattern, sparsefx.NM):
+        levels = tuple(replace(pattern, n=n) for n in range(1, pattern.m))
+        return sparsefx.Knapsack((None, *levels), budget="bytes")
+    shares = tuple(sparsefx.Unstructured(share / 10) for share in range(1, 10))
+    return sparsefx.Knapsack((None, *shares), budget="parameters")
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,14 @@ class Result:
     def __str__(self) -> str:
         error = "-" if self.mean_error is None else f"{self.mean_error:.3f}"
         return (
-            f"{self.pattern:<18}{self.criterion:<17}{self.allocation:<14}{self.sparsity:>8.3f}"
+            f"{self.pattern:<18}{self.criterion:<17}{self.allocation:<20}{self.sparsity:>8.3f}"
             f"{error:>8}{self.perplexity:>12.2f}{self.seconds:>9.1f}{self.megabytes:>8.0f}  "
             + " ".join(f"{each:.2f}" for each in self.perplexities)
         )
 
 
 HEAD = (
-    f"{'pattern':<18}{'criterion':<17}{'allocation':<14}{'zeros':>8}{'error':>8}{'perplexity':>12}"
+    f"{'pattern':<18}{'criterion':<17}{'allocation':<20}{'zeros':>8}{'error':>8}{'perplexity':>12}"
     f"{'seconds':>9}{'MB':>8}  of each window"
 )
 
@@ -128,9 +135,12 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
             for allocation in args.allocation:
                 asked = replace(pattern, criterion=CRITERIA[criterion])
                 recipe = sparsefx.Recipe(
-                    {"model.layers.*": asked}, allocation=ALLOCATIONS[allocation]
+                    {"model.layers.*": asked},
+                    allocation=allocation_of(allocation, pattern),
+                    permute=args.permute,
                 )
-                yield one(model, recipe, batches, windows, (criterion, allocation), loaded)
+                names = (criterion, allocation + ", permuted" * args.permute)
+                yield one(model, recipe, batches, windows, names, loaded)
                 if dense:
                     model.load_state_dict(dense)
 
@@ -162,7 +172,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pattern", nargs="+", default=["0.5"], help='sparsities or "2:4"')
     parser.add_argument("--criterion", nargs="+", choices=CRITERIA, default=["sparsegpt"])
-    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform"])
+    parser.add_argument(
+        "--allocation", nargs="+", choices=[*ALLOCATIONS, "knapsack"], default=["uniform"]
+    )
+    parser.add_argument("--permute", action="store_true", help="input channels, for N:M")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
     parser.add_argument("--windows", type=int, default=4, help="of text that are evaluated")
