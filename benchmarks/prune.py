@@ -41,6 +41,7 @@ CRITERIA: dict[str, Criterion] = {
     "sparsegpt": sparsefx.SparseGPT(),
     "dsnot-wanda": sparsefx.DSnoT(sparsefx.Wanda()),
     "dsnot-sparsegpt": sparsefx.DSnoT(sparsefx.SparseGPT()),
+    "reconstruct": sparsefx.Reconstruct(sparsefx.SparseGPT()),
 }
 ALLOCATIONS: dict[str, Allocation | None] = {
     "uniform": None,

@@ -21,14 +21,10 @@ _COLUMNS: Columns = (
     ("decided s", True),
     ("bytes", True),
     ("stored", True),
-    ("dense us", True),
-    ("sparse us", True),
-    ("gain", True),
 )
-_CAPTION = (
-    "Error: ||(W - W')X|| / ||W X|| on the calibration data; stored: bytes now, of dense; dense us "
-    "and sparse us: predicted by the roofline; gain: dense / sparse."
-)
+_CAPTION = "Error: ||(W - W')X|| / ||W X|| on the calibration data; stored: bytes now, of dense"
+_TIMES: Columns = (("dense us", True), ("sparse us", True), ("gain", True))
+_OF_TIMES = "; dense us and sparse us: predicted by the roofline; gain: dense / sparse"
 _STEPS = 200  # of a share, in the heat map that the page carries: half a percent
 
 
@@ -82,14 +78,17 @@ def _stands_out(layers: Sequence[PrunedLayer]) -> str:
 
 
 def _table(layers: Sequence[PrunedLayer]) -> str:
-    rows = [_row(at, layer) for at, layer in enumerate(layers)]
-    return f'<div class="box">{table(_COLUMNS, rows, _CAPTION)}</div>' if rows else ""
+    timed = any(layer.dense_us is not None for layer in layers)
+    rows = [_row(at, layer, timed) for at, layer in enumerate(layers)]
+    columns = _COLUMNS + _TIMES if timed else _COLUMNS
+    caption = _CAPTION + _OF_TIMES * timed + "."
+    return f'<div class="box">{table(columns, rows, caption)}</div>' if rows else ""
 
 
-def _row(at: int, layer: PrunedLayer) -> str:
+def _row(at: int, layer: PrunedLayer, timed: bool) -> str:
     shape = f"{layer.shape[0]}x{layer.shape[1]}"
     now, share = layer.stored_bytes, words.percent(layer.stored_bytes, layer.dense_bytes)
-    cells = (
+    cells = [
         number("#", at + 1, str(at + 1), "order"),
         f'<th scope="row">{dotted(layer.label)}</th>',
         word("shape", shape),
@@ -101,10 +100,13 @@ def _row(at: int, layer: PrunedLayer) -> str:
         number("decided s", layer.seconds, words.figure(layer.seconds)),
         number("bytes", layer.dense_bytes, words.size(layer.dense_bytes)),
         number("stored", now, share),
-        number("dense us", layer.dense_us, words.microseconds(layer.dense_us)),
-        number("sparse us", layer.sparse_us, words.microseconds(layer.sparse_us)),
-        number("gain", layer.gain, words.times(layer.gain)),
-    )
+    ]
+    if timed:
+        cells += [
+            number("dense us", layer.dense_us, words.microseconds(layer.dense_us)),
+            number("sparse us", layer.sparse_us, words.microseconds(layer.sparse_us)),
+            number("gain", layer.gain, words.times(layer.gain)),
+        ]
     fate = "missed" if layer.missed else ""
     about = f'data-fate="{fate}" data-at="{at}" data-shape="{shape}" data-heat="{_heat(layer)}"'
     return f"<tr {about}>{''.join(cells)}</tr>"
