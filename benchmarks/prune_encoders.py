@@ -51,8 +51,9 @@ class Encoder:
     name: str
     model: nn.Module
     glob: str
-    batches: list[object]
+    batches: list[Tensor] | list[dict[str, Tensor]]
     measure: Callable[[nn.Module], float]
+    has_batch_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def sentence_encoder() -> Encoder:
         cosines = (vectors @ vectors.T)[pairs[0], pairs[1]].double()
         return correlation(cosines[None], judged[pairs[0], pairs[1]][None])
 
-    return Encoder("MiniLM", model, "encoder.*", list(batches), measure)
+    return Encoder("MiniLM", model, "encoder.*", batches, measure)
 
 
 def correlation(found: Tensor, wanted: Tensor) -> float:
@@ -108,7 +109,7 @@ def correlation(found: Tensor, wanted: Tensor) -> float:
     return float(cosine_similarity(*rows).mean())
 
 
-def mirrored(images: Tensor) -> list[object]:
+def mirrored(images: Tensor) -> list[Tensor]:
     """Batches of one image, each of `images` and its mirror image."""
     return list(torch.cat((images, images.flip(-1))).split(1))
 
@@ -146,7 +147,7 @@ def classifier() -> Encoder:
     def measure(pruned: nn.Module) -> float:
         return float((classes(pruned) == dense).double().mean())
 
-    return Encoder("EfficientNet-lite0", model, "*", mirrored(images[::2]), measure)
+    return Encoder("EfficientNet-lite0", model, "*", mirrored(images[::2]), measure, True)
 
 
 def ways(encoder: Encoder) -> Iterator[Way]:
@@ -161,10 +162,9 @@ def ways(encoder: Encoder) -> Iterator[Way]:
     yield Way(f"{nm}, SparseGPT, permuted", recipe(encoder, nm, permute=True))
     solved = replace(HALF, criterion=sparsefx.Reconstruct(SPARSEGPT))
     yield Way(f"{solved}, Reconstruct", recipe(encoder, solved))
-    if any(isinstance(each, nn.BatchNorm2d) for each in encoder.model.modules()):
+    if encoder.has_batch_norms:
+        yield Way(f"{HALF}, Magnitude, batch norms", recipe(encoder, HALF), batch_norm=True)
         yield Way(f"{solved}, Reconstruct, batch norms", recipe(encoder, solved), batch_norm=True)
-        both = recipe(encoder, solved, KNAPSACK)
-        yield Way(f"{solved}, Reconstruct, Knapsack, batch norms", both, batch_norm=True)
 
 
 def recipe(
@@ -190,7 +190,7 @@ def lines(encoder: Encoder) -> Iterator[Result]:
         started = time.perf_counter()
         pruned = sparsefx.sparsify(encoder.model, way.recipe, encoder.batches, progress=False)
         if way.batch_norm:
-            sparsefx.reestimate_batch_norm(pruned, encoder.batches)
+            sparsefx.reestimate_batch_norm(pruned, [torch.cat(encoder.batches)], encoder.model)
         seconds = time.perf_counter() - started
         zeros = sparsefx.pruning_report(pruned).totals.reached
         yield Result(encoder.name, way.name, zeros, encoder.measure(pruned), seconds)

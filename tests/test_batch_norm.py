@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsefx
-from sparsefx.errors import EmptyCalibration, NonFiniteActivation
+from sparsefx.errors import EmptyCalibration, NonFiniteActivation, ShapeMismatch
 
 
 def net() -> nn.Sequential:
@@ -47,6 +47,34 @@ def test_a_pruned_convolution_is_normalised_again() -> None:
     spread.append(pruned[:2](x[0]).std((0, 2, 3)).detach())
     assert (spread[0] - 1).abs().max() > 0.05  # pruning has shrunk what the norm sees
     torch.testing.assert_close(spread[1], torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_beside_the_dense_model_only_what_pruning_did_is_changed() -> None:
+    dense = net()
+    learned = {"mean": torch.linspace(-1, 1, 8), "var": torch.linspace(0.5, 3, 8)}
+    dense[1].running_mean.copy_(learned["mean"])
+    dense[1].running_var.copy_(learned["var"])
+    pruned, few = copy.deepcopy(dense), [images()[0][:2]]
+    assert sparsefx.reestimate_batch_norm(pruned, few, dense) == 1
+    torch.testing.assert_close(pruned[1].running_mean, learned["mean"])  # nothing was pruned
+    torch.testing.assert_close(pruned[1].running_var, learned["var"])
+    with torch.no_grad():
+        pruned[0].weight.mul_(0.5)
+        pruned[0].bias.copy_(0.5 * dense[0].bias + 1)  # means are halved, then one is added
+    before = copy.deepcopy(dense.state_dict())
+    sparsefx.reestimate_batch_norm(pruned, iter(few), dense)
+    torch.testing.assert_close(pruned[1].running_var, learned["var"] / 4)
+    halved = dense[0](few[0]).mean((0, 2, 3)).detach() / 2
+    torch.testing.assert_close(pruned[1].running_mean, learned["mean"] - halved + 1)
+    assert all(torch.equal(before[name], now) for name, now in dense.state_dict().items())
+
+
+def test_a_dense_model_of_another_kind_is_refused() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ShapeMismatch, match="dense"):
+        sparsefx.reestimate_batch_norm(model, images(), nn.Sequential(nn.BatchNorm2d(5)))
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
 
 @pytest.mark.parametrize("case", ["empty", "nan"])

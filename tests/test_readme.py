@@ -18,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_example_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, attention = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example, attention, pruning = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 11
     _, tokenizer = smollm2(layers=1)
     torch.manual_seed(0)
@@ -44,3 +44,5 @@ def test_the_example_of_the_readme(
     fast = names["fast"]
     assert isinstance(fast, transformers.LlamaForCausalLM)
     assert set(attention_thresholds(fast)) == {"model.layers.0.self_attn"}
+    exec(compile(pruning, "README.md", "exec"), names)
+    assert "model.layers.0.mlp.up_proj" in capsys.readouterr().out
