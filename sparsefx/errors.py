@@ -331,8 +331,9 @@ class UnobservedLayer(SparseFXError, ValueError):
     """Layers whose statistics were asked for and that no calibration batch runs."""
 
     message = (
-        "no calibration batch runs {names} as a linear or a 2-d convolution, so nothing is known "
-        "of their inputs; exclude them (a glob that maps to None), or pass batches that reach them"
+        "no calibration batch runs {names} as a linear, a 2-d convolution or a grouped product of "
+        "experts, so nothing is known of their inputs; exclude them (a glob that maps to None), or "
+        "pass batches that reach them"
     )
 
 

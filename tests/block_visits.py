@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsefx.calibrate.sequential import Block, Visited
 from sparsefx.calibrate.statistics import Gram
 from sparsefx.prune.weights import prunable_weights
+from tests.moe_models import expert_rows
 
 GRAM = frozenset({"gram"})
 
@@ -23,17 +24,22 @@ def wanda(block: Block) -> Visited:
     """Half of every row by |w| * norm of the input: depends on what the blocks before gave."""
     weights = {}
     for name, layer in block.layers.items():
-        gram = layer.statistics["gram"]
-        assert isinstance(gram, Gram)
-        matrix = layer.weight.matrix()
-        rank = (matrix.abs() * gram.norms).argsort(dim=1, stable=True).argsort(dim=1)
-        keep = layer.weight.as_stored(rank >= matrix.shape[1] // 2)
+        scores = []
+        for matrix, statistics in layer.parts():
+            gram = statistics["gram"]
+            assert isinstance(gram, Gram)
+            scores.append(matrix.abs() * gram.norms)
+        rank = torch.cat(scores).argsort(dim=1, stable=True).argsort(dim=1)
+        keep = layer.weight.as_stored(rank >= rank.shape[1] // 2)
         weights[name] = layer.weight.parameter.detach() * keep
     return Visited(weights, {"block": block.name, "layers": list(block.layers)})
 
 
 class Recorder:
-    """A visit that keeps a copy of every gram and then does as `then` says."""
+    """A visit that keeps a copy of every gram and then does as `then` says.
+
+    grams, counts: of a layer of one part those of this part, else a list or stack over the parts.
+    """
 
     def __init__(self, then: Callable[[Block], Visited] = wanda) -> None:
         self.grams: dict[str, Tensor] = {}
@@ -44,10 +50,10 @@ class Recorder:
     def __call__(self, block: Block) -> Visited:
         self.blocks.append(list(block.layers))
         for name, layer in block.layers.items():
-            gram = layer.statistics["gram"]
-            assert isinstance(gram, Gram)
-            self.grams[name] = gram.gram.clone()
-            self.counts[name] = gram.count.tolist()
+            grams = [part["gram"] for part in layer.statistics]
+            found = [(each.gram, each.count) for each in grams if isinstance(each, Gram)]
+            stacks = [torch.stack(each).squeeze(0) for each in zip(*found, strict=True)]
+            self.grams[name], self.counts[name] = stacks[0], stacks[1].tolist()
         return self._then(block)
 
 
@@ -58,37 +64,45 @@ def nothing(block: Block) -> Visited:
 def hooked(
     model: nn.Module, batches: list[dict[str, object]], layers: list[str], mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """X^T X of the layers' inputs, float64, by hooks on the modules."""
+    """X^T X of the layers' inputs, float64, of experts a stack, by hooks on the modules."""
     grams: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(owner: str, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if isinstance(module, nn.Conv2d):
-                taps = module.kernel_size[0] * module.kernel_size[1]
-                patches = F.unfold(
-                    x, module.kernel_size, module.dilation, module.padding, module.stride
-                )
-                by_tap = patches.unflatten(1, (-1, taps)).transpose(1, 2).flatten(1, 2)
-                rows = by_tap.transpose(1, 2).flatten(0, 1)
+            if kind == "weight":
+                rows = read_by(module, args[0], mask)
+                found = rows.T @ rows
             else:
-                rows = x.flatten(0, -2)
-                rows = rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
-            rows = rows.double()
-            grams[name] = grams.get(name, 0) + rows.T @ rows
+                counted = None if mask is None else mask.flatten()
+                parts = expert_rows(module, args[0], args[1], counted)[kind]
+                found = torch.stack([rows.T @ rows for rows in parts])
+            name = f"{owner}.{kind}"
+            grams[name] = grams.get(name, 0) + found
 
         return hook
 
-    handles = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name))
-        for name in layers
-    ]
+    handles = []
+    for name in layers:
+        owner, _, kind = name.rpartition(".")
+        handles.append(model.get_submodule(owner).register_forward_pre_hook(watch(owner, kind)))
     with torch.no_grad():
         for batch in batches:
             model(**batch)
     for handle in handles:
         handle.remove()
     return grams
+
+
+def read_by(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that a linear or an ungrouped convolution reads, float64 [n, in]."""
+    if isinstance(module, nn.Conv2d):
+        taps = module.kernel_size[0] * module.kernel_size[1]
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        by_tap = patches.unflatten(1, (-1, taps)).transpose(1, 2).flatten(1, 2)
+        return by_tap.transpose(1, 2).flatten(0, 1).double()
+    rows = x.flatten(0, -2)
+    rows = rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
+    return rows.double()
 
 
 def as_in(model: nn.Module, batch: dict[str, object]) -> dict[str, object]:

@@ -34,7 +34,7 @@ def layers_by_block(model: nn.Module) -> dict[str | None, int]:
         ("gpt2", {"transformer.h.0": 4, "transformer.h.1": 4, None: 1}),
         ("vit", {"layers.0": 6, "layers.1": 6, None: 2}),
         ("t5_encoder", {"encoder.block.0": 6, "encoder.block.1": 6}),
-        ("mixtral", {"model.layers.0": 4, "model.layers.1": 4, None: 1}),
+        ("mixtral", {"model.layers.0": 6, "model.layers.1": 6, None: 1}),
     ],
 )
 def test_transformers(case: str, expected: dict[str | None, int]) -> None:

@@ -13,7 +13,7 @@ from sparsefx.calibrate.sequential import Block, Visited, run_blocks
 from sparsefx.errors import EmptyCalibration, NonFiniteActivation, PeerFailed
 from sparsefx.prune.weights import prunable_weights
 from tests import hf_models
-from tests.block_visits import Recorder, nothing, varied, wanda
+from tests.block_visits import Recorder, needs_of, nothing, varied, wanda
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -89,6 +89,15 @@ def resume(folder: Path, rank: int, share: slice) -> None:
     save_file(weights, folder / f"resumed-{rank}.safetensors")
 
 
+def route(share: slice) -> dict[str, Tensor]:
+    """Grams of all layers of a mixture of experts, on `share` of the batches."""
+    torch.manual_seed(0)
+    model, batch, _, _ = hf_models.mixtral()
+    seen = Recorder(nothing)
+    run_blocks(model, varied(batch, 5)[share], needs_of(model), seen, progress=False).close()
+    return seen.grams
+
+
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -97,6 +106,7 @@ def work(rank: int, folder: Path) -> None:
     fail_alone(rank)
     differ(rank)
     resume(folder, rank, share)
+    save_file(route(share), folder / f"experts-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -121,3 +131,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for name in (name for name in needs if name.startswith("encoder.layer.0.attention.self")):
         for grams in read("grams"):
             torch.testing.assert_close(grams[name], seen.grams[name], rtol=1e-5, atol=1e-5)
+    alone = route(slice(None))
+    assert alone["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 64)
+    for name, gram in alone.items():
+        for grams in read("experts"):
+            torch.testing.assert_close(grams[name], gram, rtol=1e-5, atol=1e-5)

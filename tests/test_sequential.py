@@ -88,7 +88,7 @@ def test_only_some_layers_and_some_without_statistics() -> None:
     asked: list[tuple[str, int, dict[str, list[str]]]] = []
 
     def visit(block: Block) -> Visited:
-        layers = {name: sorted(layer.statistics) for name, layer in block.layers.items()}
+        layers = {name: sorted(layer.statistics[0]) for name, layer in block.layers.items()}
         asked.append((block.name, block.count, layers))
         return Visited(
             {name: torch.zeros_like(each.weight.parameter) for name, each in block.layers.items()}
@@ -107,7 +107,7 @@ def test_layers_that_read_one_value_share_its_statistics() -> None:
     shared: list[bool] = []
 
     def visit(block: Block) -> Visited:
-        of = {name.split(".")[-2]: each.statistics for name, each in block.layers.items()}
+        of = {name.split(".")[-2]: each.statistics[0] for name, each in block.layers.items()}
         if "q_proj" in of:
             shared.append(of["q_proj"]["gram"] is of["k_proj"]["gram"] is of["v_proj"]["gram"])
             shared.append(of["q_proj"]["gram"] is not of["o_proj"]["gram"])

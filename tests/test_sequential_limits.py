@@ -297,7 +297,7 @@ def test_squares_are_the_diagonal_of_the_gram() -> None:
 
     def visit(block: Block) -> Visited:
         for layer in block.layers.values():
-            squares, gram = layer.statistics["squares"], layer.statistics["gram"]
+            squares, gram = (layer.statistics[0][kind] for kind in ("squares", "gram"))
             assert isinstance(squares, SquareSum) and isinstance(gram, Gram)
             torch.testing.assert_close(squares.norms, gram.norms, rtol=1e-5, atol=1e-7)
             counts.append(squares.count.tolist())

@@ -19,6 +19,7 @@ from sparsefx.errors import (
     NonFiniteActivation,
 )
 from sparsefx.patterns import Pattern
+from sparsefx.prune.report.records import PruneReport
 from tests.hf_models import ids, llama
 
 LAYERS = "model.layers.*"
@@ -56,6 +57,10 @@ def error(model: nn.Module) -> float:
     found = sparsefx.pruning_report(model).totals.mean_error
     assert found is not None
     return found
+
+
+def sum_of_squares(report: PruneReport) -> float:
+    return sum((layer.error or 0.0) ** 2 for layer in report.layers)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -144,12 +149,15 @@ def test_allocations_keep_the_budget(allocation: Allocation) -> None:
 
 
 def test_a_knapsack_errs_less_than_uniform_at_equal_parameters() -> None:
-    pattern = replace(HALF, criterion=sparsefx.SparseGPT())
-    squares = [
-        sum((layer.error or 0.0) ** 2 for layer in sparsefx.pruning_report(model).layers)
-        for model in (pruned(pattern), pruned(pattern, ALLOCATIONS[-1]))
-    ]
-    assert squares[1] < squares[0]
+    pattern, model = replace(HALF, criterion=sparsefx.SparseGPT()), llama().model
+    levels = tuple(sparsefx.Unstructured(each / 10) for each in range(1, 10))
+    knapsack = sparsefx.Knapsack(levels, budget="parameters", objective="error")
+    uniform, spread = (
+        sparsefx.pruning_report(pruned(pattern, allocation, model))
+        for allocation in (None, knapsack)
+    )
+    assert sum_of_squares(spread) < sum_of_squares(uniform)
+    assert spread.totals.reached == pytest.approx(0.5, abs=0.01)
 
 
 def test_mixed_patterns_of_a_knapsack_and_of_owl() -> None:
@@ -194,6 +202,30 @@ def test_resumes_to_the_same_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other_recipe = sparsefx.Recipe({LAYERS: sparsefx.NM(1, 4, sparsefx.SparseGPT())})
     with pytest.raises(ForeignCalibration):
         sparsefx.sparsify(model, other_recipe, DATA, progress=False, state=tmp_path)
+
+
+@pytest.mark.parametrize("criterion", [sparsefx.Wanda(), sparsefx.SparseGPT()])
+def test_a_model_larger_than_the_memory_for_activations(
+    criterion: Criterion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsefx.calibrate import spill
+
+    original, written = spill.save, []
+
+    def counting(tensors: dict[str, Tensor]) -> bytes:
+        written.append(len(tensors))
+        return original(tensors)
+
+    monkeypatch.setattr(spill, "save", counting)
+    model, limit = llama().model, 4000
+    assert sum(weight.nbytes for weight in model.parameters()) > 10 * limit
+    recipe = sparsefx.Recipe({LAYERS: sparsefx.NM(2, 4, criterion)})
+    free = sparsefx.sparsify(model, recipe, DATA, progress=False)
+    assert not written
+    bounded = sparsefx.sparsify(model, recipe, DATA, progress=False, max_memory=limit)
+    assert len(written) >= len(DATA)  # each batch, between blocks
+    for mine, other in zip(bounded.parameters(), free.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_failures_leave_the_model_alone() -> None:

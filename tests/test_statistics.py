@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsefx.calibrate.inputs import PatchRows, Tokens, layer_uses
+from sparsefx.calibrate.inputs import layer_uses
+from sparsefx.calibrate.rows import PatchRows, Tokens
 from sparsefx.calibrate.statistics import (
     STATISTICS,
     AbsHistogram,
@@ -162,31 +163,30 @@ def test_patches_times_the_matrix_are_the_convolution(name: str, shape: tuple[in
     convolution = model[0]
     reflects = convolution.padding_mode == "reflect"
     source = F.pad(x, (1, 1, 1, 1), mode="reflect") if reflects else x
-    parts = list(use.rows(source, Tokens(0)))
-    found = torch.cat([part for part, _ in parts]) @ weight.matrix().T + convolution.bias
+    parts = list(use.rows(Tokens(0), source))
+    found = torch.cat([part for _, part, _ in parts]) @ weight.matrix().T + convolution.bias
     expected = model(x).view(-1, *model(x).shape[-3:]).permute(0, 2, 3, 1).reshape(found.shape)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    assert sum(samples for _, samples in parts) == (x.shape[0] if x.dim() == 4 else 1)
+    assert sum(samples for *_, samples in parts) == (x.shape[0] if x.dim() == 4 else 1)
 
 
-def test_patches_of_groups_are_rows_of_their_own() -> None:
+def test_patches_of_groups_are_those_of_their_own_channels() -> None:
     grouped = nn.Conv2d(6, 4, 3, groups=2, bias=False)
     x = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))
     read = PatchRows((3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 2)
-    ((found, samples),) = read(x, Tokens(2))
-    assert found.shape == (2 * 2 * 9, 9 * 3) and samples == 2
-    weight = prunable_weights(nn.Sequential(grouped))["0.weight"].matrix()
-    by_group = found.view(2, 2, 9, 27)
-    for group, part in enumerate(weight.split(2)):
-        expected = grouped(x)[:, 2 * group : 2 * group + 2].flatten(2).transpose(1, 2)
-        torch.testing.assert_close(by_group[:, group] @ part.T, expected, rtol=1e-4, atol=1e-5)
+    found = list(read(Tokens(2), x))
+    assert [(group, samples) for group, _, samples in found] == [(0, 2), (1, 2)]
+    parts = prunable_weights(nn.Sequential(grouped))["0.weight"].matrices()
+    for (group, own, _), part in zip(found, parts, strict=True):
+        expected = grouped(x)[:, 2 * group : 2 * group + 2].flatten(2).transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(own @ part.T, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_large_images_are_unfolded_a_few_at_a_time() -> None:
     read = PatchRows((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
-    parts = list(read(torch.zeros(3, 64, 128, 128), Tokens(3)))
-    assert [samples for _, samples in parts] == [1, 1, 1]
-    assert parts[0][0].shape == (128 * 128, 9 * 64)
+    parts = list(read(Tokens(3), torch.zeros(3, 64, 128, 128)))
+    assert [samples for *_, samples in parts] == [1, 1, 1]
+    assert parts[0][1].shape == (128 * 128, 9 * 64)
 
 
 def test_weights_are_found_behind_casts_and_transposes() -> None:
@@ -204,4 +204,4 @@ def test_weights_are_found_behind_casts_and_transposes() -> None:
     gm = capture(Products(), (torch.randn(4, 4),))
     uses = layer_uses(gm, names)
     assert [use.parameter for use in uses] == ["a.weight", "b.weight", "c.weight"]
-    assert uses[0].source.op == "placeholder" and uses[1].source is uses[0].node
+    assert uses[0].sources[0].op == "placeholder" and uses[1].sources == (uses[0].node,)

@@ -67,4 +67,4 @@ def _uncaptured(model: nn.Module, session: Session) -> list[Row]:
     ]
 
 
-_OPS = {2: "linear", 4: "conv"}  # dimensions of a prunable weight -> op of its row
+_OPS = {2: "linear", 3: "experts", 4: "conv"}  # dimensions of a prunable weight -> op of its row

@@ -1,16 +1,12 @@
-"""The rows of a layer's input: one for each token, or each output pixel of a convolution.
-
-`layer_uses` finds where a graph uses the weights that are asked for; a `Use` says from which node
-the input comes and how it is read as rows in the column order of `PrunableWeight.matrix()`.
-"""
+"""Where a graph uses the weights that are asked for, and how the input is read there as rows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
+from sparsefx.calibrate.rows import ExpertRows, LinearRows, PatchRows, Rows
 from sparsefx.rewrite import arguments
 
 aten = torch.ops.aten
@@ -30,75 +26,21 @@ _SAME_WEIGHT = frozenset(
         *(aten.detach.default, aten.contiguous.default),
     }
 )
-_CHUNK = 2**24  # elements of unfolded patches that exist at a time: 64 MiB
+_SAME_ROWS = frozenset({aten.to.dtype, aten.to.dtype_layout})
+_PRODUCTS_OF_EXPERTS = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What the inputs of a batch say about its rows.
-
-    samples: how many sequences or images; counted: bool [batch, length], False for padding, None
-    where every row counts.
-    """
-
-    samples: int
-    counted: Tensor | None = None
-
-    def of(self, x: Tensor) -> Tensor:
-        """x [..., features] as rows [n, features], without those of padding tokens."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.counted is None:
-            return rows
-        if x.shape[:-1] == self.counted.shape:
-            return rows[self.counted.flatten()]
-        # Some models (GPT-2) flatten [batch, length, features] before a linear.
-        is_flat = x.dim() == 2 and x.shape[0] == self.counted.numel()
-        return rows[self.counted.flatten()] if is_flat else rows
-
-
-@dataclass(frozen=True)
-class LinearRows:
-    """The last axis of the input, as it is."""
-
-    def __call__(self, x: Tensor, tokens: Tokens) -> Iterator[tuple[Tensor, int]]:
-        """Rows [n, in] and of how many samples they are."""
-        yield tokens.of(x), tokens.samples
-
-
-@dataclass(frozen=True)
-class PatchRows:
-    """The patches that a 2-d convolution sees, [n, R * S * C], channels fastest.
-
-    In a grouped convolution every group's patch is a row of its own: one statistic for all groups.
-    """
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes it
-    dilation: tuple[int, int]
-    groups: int
-
-    def __call__(self, x: Tensor, tokens: Tokens) -> Iterator[tuple[Tensor, int]]:
-        """Rows of a few samples at a time, and how many."""
-        x = F.pad(x if x.dim() == 4 else x[None], self.padding).float()
-        taps = self.kernel[0] * self.kernel[1]
-        pixels = x[0].numel() // (self.stride[0] * self.stride[1])
-        for part in x.split(max(1, _CHUNK // max(1, pixels * taps))):
-            patches = F.unfold(part, self.kernel, self.dilation, 0, self.stride)
-            grouped = patches.unflatten(1, (self.groups, -1, taps))  # [n, g, C / g, R * S, pixels]
-            yield grouped.permute(0, 1, 4, 3, 2).flatten(3).flatten(0, 2), part.shape[0]
-
-
-Rows = LinearRows | PatchRows
+Sources = tuple[fx.Node, ...]
+"""The nodes whose values `Rows` take, the input first."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """One layer at work: `node` applies the weight `parameter` to `rows` of the node `source`."""
+    """One layer at work: `node` applies the weight `parameter` to `rows` of the `sources`."""
 
     parameter: str
     node: fx.Node
-    source: fx.Node
+    sources: Sources
     rows: Rows
 
 
@@ -113,17 +55,51 @@ def layer_uses(gm: fx.GraphModule, asked: Mapping[str, str]) -> list[Use]:
 
 
 def _uses(parameter: str, weight: fx.Node, form: fx.Node) -> Iterator[Use]:
+    is_stack = weight.meta["val"].dim() == len(("experts", "out", "in"))
     for user in form.users:
-        if user.target in _LINEARS:
+        if user.target in _LINEARS and not is_stack:
             source, place = (arguments(user)[position] for position in _LINEARS[user.target])
             if place is form and isinstance(source, fx.Node) and source is not form:
-                yield Use(parameter, user, source, LinearRows())
+                yield Use(parameter, user, (source,), LinearRows())
         elif user.target in _CONVOLUTIONS and arguments(user)[1] is weight:
             source = arguments(user)[0]
             assert isinstance(source, fx.Node)
-            yield Use(parameter, user, source, _patches(user, weight))
+            yield Use(parameter, user, (source,), _patches(user, weight))
+        elif (product := _product_of_experts(user)) is not None:
+            x, stack, ends = product
+            if stack is form:
+                yield _use_of_experts(parameter, user, x, ends)
         elif user.target in _SAME_WEIGHT:
             yield from _uses(parameter, weight, user)
+
+
+def _product_of_experts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Of rows [n, in], sorted by expert, a stack [experts, in, out], and where each one's rows end;
+    None for another node."""
+    # By name, as transformers' operator exists only where transformers was imported.
+    if str(node.target) not in _PRODUCTS_OF_EXPERTS:
+        return None
+    x, stack, ends = arguments(node)[:3]
+    if not (isinstance(x, fx.Node) and isinstance(stack, fx.Node) and isinstance(ends, fx.Node)):
+        return None
+    return (x, stack, ends) if (x.meta["val"].dim(), stack.meta["val"].dim()) == (2, 3) else None
+
+
+def _use_of_experts(parameter: str, node: fx.Node, x: fx.Node, ends: fx.Node) -> Use:
+    """The tokens are those of the gather before the first of the products that share their ends."""
+    for user in ends.users:
+        product = _product_of_experts(user)
+        gather = None if product is None else product[0]
+        while gather is not None and gather.target in _SAME_ROWS:
+            gather = gather.all_input_nodes[0]
+        if gather is None or gather.target is not aten.index.Tensor:
+            continue
+        of, places = gather.args
+        if isinstance(of, fx.Node) and isinstance(places, list | tuple) and len(places) == 1:
+            (place,) = places
+            if isinstance(place, fx.Node):
+                return Use(parameter, node, (x, ends, place), ExpertRows(of.meta["val"].shape[0]))
+    return Use(parameter, node, (x, ends), ExpertRows())
 
 
 def _patches(node: fx.Node, weight: fx.Node) -> PatchRows:

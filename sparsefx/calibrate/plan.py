@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 
 from sparsefx.calibrate.blocks import repeated_blocks
 from sparsefx.calibrate.given import Given, arguments_of, captured
-from sparsefx.calibrate.inputs import Tokens, Use, layer_uses
+from sparsefx.calibrate.inputs import Use, layer_uses
 from sparsefx.calibrate.program import Program
+from sparsefx.calibrate.rows import Tokens
 from sparsefx.calibrate.segments import cuts, name_of
 from sparsefx.calibrate.spill import Shelf
 from sparsefx.errors import EmptyCalibration, UnobservedLayer

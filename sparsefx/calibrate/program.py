@@ -15,11 +15,11 @@ from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
 from sparsefx.attributes import get_tensor, is_graph
-from sparsefx.calibrate.inputs import Use
+from sparsefx.calibrate.inputs import Sources, Use
 from sparsefx.calibrate.segments import storages, written
 from sparsefx.graph import clone_inputs
 
-Show = Callable[[fx.Node, Tensor], None]
+Show = Callable[[Sources, Sequence[Tensor]], None]
 Replaced = Callable[[str], Tensor | None]
 """The new value of a weight, by any of its names; None where it has none."""
 
@@ -29,9 +29,9 @@ class Program:
 
     observed: the weights whose inputs somebody wants to see; what these do not depend on is never
     run. inputs: the placeholders, one for each leaf of the arguments; uses[k]: the asked layers of
-    segment k; shown[k]: the first that reads it -> each input that is to be shown there; live[k]:
-    the values that vary from batch to batch and are live at its start; constants[k]: those that
-    do not vary.
+    segment k; shown[k]: the first that reads them -> the values to be shown there; live[k]: the
+    values that vary from batch to batch and are live at its start; constants[k]: those that do not
+    vary.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Program:
             [use for use in uses if start <= order[use.node] < end] for start, end in spans
         ]
         self.shown = [_first_shown(each, observed) for each in self.uses]
-        shown = {use.node: use.source for use in uses if use.parameter in observed}
+        shown = {use.node: use.sources for use in uses if use.parameter in observed}
         last = _last_positions(nodes, needed(nodes, (), shown), shown)
         varying = _varying(nodes)
         born = order | dict.fromkeys(self.inputs, -1)
@@ -69,10 +69,10 @@ class Program:
 
 @dataclass(frozen=True)
 class _Step:
-    """Computes `node`, or only shows its value; then forgets the values of `frees`."""
+    """Computes `calls`, or only shows the values `shows`; then forgets those of `frees`."""
 
-    node: fx.Node
-    shows: bool
+    calls: fx.Node | None
+    shows: Sources
     frees: tuple[fx.Node, ...]
 
 
@@ -92,7 +92,7 @@ class Stage:
         shown = program.shown[segment] if shows else {}
         wanted = needed(program.nodes[segment], outputs, shown)
         self._steps = list(_steps(program.nodes[segment], wanted, shown, frozenset(outputs)))
-        called = [step.node for step in self._steps if not step.shows]
+        called = [step.calls for step in self._steps if step.calls is not None]
         self._changed = {storage for node in called for storage in written(node)}
         self._weights = {
             source: _attribute(program.gm, source, replaced)
@@ -111,12 +111,10 @@ class Stage:
             if self._changed.intersection(storages(node)):
                 env[node] = clone_inputs(env[node])  # not ours to write to
         for step in self._steps:
-            if step.shows:
-                value = env[step.node]
-                assert isinstance(value, Tensor)
-                show(step.node, value)
+            if step.calls is not None:
+                env[step.calls] = _call(step.calls, env)
             else:
-                env[step.node] = _call(step.node, env)
+                show(step.shows, [_tensor(env[node]) for node in step.shows])
             for dead in step.frees:
                 del env[dead]
         if not self._advances:
@@ -127,12 +125,12 @@ class Stage:
 
 
 def needed(
-    nodes: Sequence[fx.Node], outputs: Iterable[fx.Node], shown: Mapping[fx.Node, fx.Node]
+    nodes: Sequence[fx.Node], outputs: Iterable[fx.Node], shown: Mapping[fx.Node, Sources]
 ) -> set[fx.Node]:
     """Of consecutive `nodes` and what they read, what `outputs` and the shown values depend on.
 
-    shown: node -> the value that is shown just before it. A write in place is needed if the tensor
-    it writes to is, later on.
+    shown: node -> the values that are shown just before it. A write in place is needed if the
+    tensor it writes to is, later on.
     """
     found = set(outputs)
     touched = {storage for node in found for storage in storages(node)}
@@ -141,8 +139,7 @@ def needed(
         if _is_call(node) and (node in found or touched.intersection(written(node))):
             found.add(node)
             reads += node.all_input_nodes
-        if node in shown:
-            reads.append(shown[node])
+        reads += shown.get(node, ())
         found.update(reads)
         touched.update(storage for source in reads for storage in storages(source))
     return found
@@ -151,42 +148,42 @@ def needed(
 def _steps(
     nodes: Sequence[fx.Node],
     wanted: set[fx.Node],
-    shown: Mapping[fx.Node, fx.Node],
+    shown: Mapping[fx.Node, Sources],
     outputs: frozenset[fx.Node],
 ) -> Iterator[_Step]:
     """In order; each value is freed behind its last step, but for outputs and weights."""
-    plan: list[tuple[fx.Node, bool]] = []
+    plan: list[tuple[fx.Node | None, Sources]] = []
     for node in nodes:
         if node in shown:
-            plan.append((shown[node], True))
+            plan.append((None, shown[node]))
         if _is_call(node) and node in wanted:
-            plan.append((node, False))
+            plan.append((node, ()))
     kept = set(outputs)
     steps = []
-    for node, shows in reversed(plan):
-        reads = [node] if shows else [node, *node.all_input_nodes]
+    for calls, shows in reversed(plan):
+        reads = shows if calls is None else (calls, *calls.all_input_nodes)
         frees = [each for each in reads if each not in kept and each.op != "get_attr"]
         kept.update(frees)
-        steps.append(_Step(node, shows, tuple(frees)))
+        steps.append(_Step(calls, shows, tuple(frees)))
     return reversed(steps)
 
 
-def _first_shown(uses: Sequence[Use], observed: Collection[str]) -> dict[fx.Node, fx.Node]:
-    first: dict[fx.Node, fx.Node] = {}
+def _first_shown(uses: Sequence[Use], observed: Collection[str]) -> dict[fx.Node, Sources]:
+    first: dict[Sources, fx.Node] = {}
     for use in uses:
         if use.parameter in observed:
-            first.setdefault(use.source, use.node)
-    return {node: source for source, node in first.items()}
+            first.setdefault(use.sources, use.node)
+    return {node: sources for sources, node in first.items()}
 
 
 def _last_positions(
-    nodes: Sequence[fx.Node], wanted: set[fx.Node], shown: Mapping[fx.Node, fx.Node]
+    nodes: Sequence[fx.Node], wanted: set[fx.Node], shown: Mapping[fx.Node, Sources]
 ) -> dict[fx.Node, int]:
     """Where each value (not a weight) is read for the last time, in graph order of the values."""
     last: dict[fx.Node, int] = {}
     for position, node in enumerate(nodes):
         reads = list(node.all_input_nodes) if _is_call(node) and node in wanted else []
-        reads += [shown[node]] if node in shown else []
+        reads += shown.get(node, ())
         last |= {source: position for source in reads if source.op != "get_attr"}
     return {node: last[node] for node in nodes if node in last}
 
@@ -224,6 +221,11 @@ def _attribute(gm: fx.GraphModule, node: fx.Node, replaced: Replaced) -> object:
         return gm.get_submodule(name)
     new = replaced(name)
     return get_tensor(gm, name) if new is None else new
+
+
+def _tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _call(node: fx.Node, env: Mapping[fx.Node, object]) -> object:

@@ -11,17 +11,18 @@ the inputs), in which new weights stand for the model's, and new weights go to f
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsefx.calibrate import together
+from sparsefx.calibrate.inputs import Sources
 from sparsefx.calibrate.observers import Observers
 from sparsefx.calibrate.plan import Batch, Plan, Reader
 from sparsefx.calibrate.program import Stage
@@ -35,10 +36,18 @@ from sparsefx.prune.weights import PrunableWeight, prunable_weights
 
 @dataclass(frozen=True)
 class Observed:
-    """A layer of a block. weight: the model's own, as it was before; statistics: by name."""
+    """A layer of a block.
+
+    weight: the model's own, as it was before; statistics: of the input of each of its parts, by
+    name.
+    """
 
     weight: PrunableWeight
-    statistics: Mapping[str, Statistic]
+    statistics: Sequence[Mapping[str, Statistic]]
+
+    def parts(self) -> Iterator[tuple[Tensor, Mapping[str, Statistic]]]:
+        """The matrix [out, in] of each part, and the statistics of its input."""
+        return zip(self.weight.matrices(), self.statistics, strict=True)
 
 
 @dataclass(frozen=True)
@@ -217,9 +226,14 @@ class _Run:
             if observers is None:  # nobody needs the inputs again
                 self._shelf.drop(batch.ticket)
 
-            def show(node: fx.Node, x: Tensor, number: int = number, batch: Batch = batch) -> None:
+            def show(
+                sources: Sources,
+                shown: Sequence[Tensor],
+                number: int = number,
+                batch: Batch = batch,
+            ) -> None:
                 assert observers is not None
-                observers.show(node, x, batch.tokens, number)
+                observers.show(sources, shown, batch.tokens, number)
 
             result = stages[batch.program].run(values, show)
             del values

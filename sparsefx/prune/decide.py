@@ -2,19 +2,21 @@
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import Tensor
 
-from sparsefx.calibrate.sequential import Block, Visited
-from sparsefx.calibrate.statistics import Gram, Sketch, Statistic
-from sparsefx.criteria import Random
+from sparsefx.calibrate.sequential import Block, Observed, Visited
+from sparsefx.calibrate.statistics import Gram, Sketch, SquareSum, Statistic
+from sparsefx.criteria import Magnitude, Random
 from sparsefx.errors import NonFiniteStatistics, SingularHessian
 from sparsefx.prune.allocation.costs import cost
 from sparsefx.prune.layer_of import layer_of
+from sparsefx.prune.output import energies, relative
 from sparsefx.prune.report.layers import PrunedLayer, heat_of
-from sparsefx.prune.solve import Solved, output_error, solve
+from sparsefx.prune.solve import Solved, solve
 from sparsefx.prune.weights import PrunableWeight
 from sparsefx.spec import Pattern
 
@@ -45,18 +47,10 @@ class Decision:
         facts: dict[str, object] = {}
         for name, layer in block.layers.items():
             pattern = self.patterns[name]
-            solved, record = record_of(layer.weight, pattern, layer.statistics, block.name)
+            solved, record = record_of(layer, pattern, block.name)
             weights[name] = _as_parameter(layer.weight, pattern, solved)
             facts[name] = asdict(record)
         return Visited(weights, facts)
-
-
-def _own(pattern: Pattern, name: str) -> Pattern:
-    """The same, but that random masks of two weights differ."""
-    if not isinstance(pattern.criterion, Random):
-        return pattern
-    seed = pattern.criterion.seed ^ zlib.crc32(name.encode())
-    return replace(pattern, criterion=Random(seed))
 
 
 def _as_parameter(weight: PrunableWeight, pattern: Pattern, solved: Solved) -> Tensor:
@@ -74,32 +68,65 @@ def record_from(facts: Mapping[str, object]) -> PrunedLayer:
     return PrunedLayer(**whole)  # type: ignore[arg-type]  # our own state, under our own digest
 
 
-def tried(
-    weight: PrunableWeight, pattern: Pattern, statistics: Mapping[str, Statistic]
-) -> tuple[Solved, float | None]:
+def tried(layer: Observed, pattern: Pattern) -> tuple[Solved, float | None]:
     """The weight under a pattern that fits, and ||(W - W')X|| / ||W X||, None without inputs.
 
-    Raises what `solve` does, naming the layer.
+    Parts with inputs of their own are solved one by one, each as a weight of its own. Raises what
+    `solve` does, naming the layer.
     """
-    dense = weight.matrix()
+    dense = layer.weight.matrix()
+    parts = dense.chunk(layer.weight.parts)
+    if pattern.criterion.needs or layer.weight.is_stack:
+        solved = _joined([_solved(layer, pattern, *part) for part in enumerate(parts)])
+    else:  # data-free, the filters of all groups of a convolution are compared
+        solved = solve(dense, _own(pattern, layer.weight.name), {})
+    found = []
+    pruned = solved.weight.chunk(len(parts))
+    for each, own, statistics in zip(parts, pruned, layer.statistics, strict=True):
+        inputs = statistics.get("gram", statistics.get("sketch"))
+        if not isinstance(inputs, Gram | Sketch):
+            return solved, None
+        found.append(energies(each, own, inputs))
+    return solved, relative(found)
+
+
+def _solved(layer: Observed, pattern: Pattern, part: int, dense: Tensor) -> Solved:
+    """One part; by magnitude where no input was seen, as of an expert that no token went to."""
+    name = layer.weight.name + (f", expert {part}" if layer.weight.is_stack else "")
+    if _is_unseen(layer.statistics[part]):
+        pattern = replace(pattern, criterion=Magnitude())
     try:
-        solved = solve(dense, _own(pattern, weight.name), statistics)
+        return solve(dense, _own(pattern, name), layer.statistics[part])
     except (SingularHessian, NonFiniteStatistics) as bad:
-        bad.add_note(f"the layer is {weight.name}")
+        bad.add_note(f"the layer is {name}")
         raise
-    inputs = statistics.get("gram", statistics.get("sketch"))
-    if not isinstance(inputs, Gram | Sketch):
-        return solved, None
-    return solved, output_error(dense, solved.weight, inputs)
 
 
-def record_of(
-    weight: PrunableWeight, pattern: Pattern, statistics: Mapping[str, Statistic], block: str
-) -> tuple[Solved, PrunedLayer]:
+def _is_unseen(statistics: Mapping[str, Statistic]) -> bool:
+    counted = (each for each in statistics.values() if isinstance(each, SquareSum | Gram))
+    return any(int(each.count[0]) == 0 for each in counted)
+
+
+def _own(pattern: Pattern, name: str) -> Pattern:
+    """The same, but that random masks of two weights differ."""
+    if not isinstance(pattern.criterion, Random):
+        return pattern
+    seed = pattern.criterion.seed ^ zlib.crc32(name.encode())
+    return replace(pattern, criterion=Random(seed))
+
+
+def _joined(parts: Sequence[Solved]) -> Solved:
+    if len(parts) == 1:
+        return parts[0]
+    return Solved(torch.cat([each.weight for each in parts]), torch.cat([p.keep for p in parts]))
+
+
+def record_of(layer: Observed, pattern: Pattern, block: str) -> tuple[Solved, PrunedLayer]:
     """The pruned weight and its line of the report. Raises what `solve` does, naming the layer."""
     started = time.perf_counter()
-    solved, error = tried(weight, pattern, statistics)
-    layer = layer_of(weight, block)
+    solved, error = tried(layer, pattern)
+    weight = layer.weight
+    costed = layer_of(weight, block)
     return solved, PrunedLayer(
         name=weight.name,
         block=block,
@@ -110,9 +137,18 @@ def record_of(
         reached=1 - float(solved.keep.float().mean()),
         error=error,
         seconds=time.perf_counter() - started,
-        dense_bytes=cost(None, layer, "bytes"),
-        stored_bytes=cost(pattern, layer, "bytes"),
+        dense_bytes=cost(None, costed, "bytes"),
+        stored_bytes=cost(pattern, costed, "bytes"),
         dense_us=None,
         sparse_us=None,
         heat=heat_of(solved.keep),
+        note=_note(layer),
     )
+
+
+def _note(layer: Observed) -> str:
+    unseen = sum(_is_unseen(each) for each in layer.statistics)
+    if not unseen:
+        return ""
+    who = f"{unseen} of {layer.weight.parts} experts" if layer.weight.is_stack else "it"
+    return f"{who} saw no input and went by magnitude"

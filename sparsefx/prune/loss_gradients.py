@@ -7,7 +7,7 @@ independent, an error d of the outputs raises the loss by 1/2 sum E[g^2] d^2. Ki
 (GuidedQuant, arXiv 2505.07004) weigh the errors of quantised layers by the same gradients.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from sparsefx.calibrate import together
 from sparsefx.calibrate.given import Given, arguments_of, captured, tensors_in
-from sparsefx.calibrate.inputs import PatchRows, Tokens, Use, layer_uses
+from sparsefx.calibrate.inputs import Use, layer_uses
 from sparsefx.calibrate.plan import tokens_of
+from sparsefx.calibrate.rows import PatchRows, Tokens
 from sparsefx.calibrate.statistics import SquareSum
 from sparsefx.entry import inferring
 from sparsefx.errors import EmptyCalibration, NonFiniteStatistics
@@ -29,7 +30,8 @@ BATCHES = 8  # means over thousands of tokens: more of them change little
 def squared_gradients(
     model: nn.Module, batches: Iterable[object], weights: Mapping[str, PrunableWeight]
 ) -> dict[str, Tensor]:
-    """Mean squared gradient of the loss at each output of each layer, float64 [out], by name.
+    """Mean squared gradient of the loss at each output of each layer, float64 by name: [out], of
+    experts [experts * out], each one's mean over its own rows.
 
     The loss is the sum over predicted tokens of a language model, or the output's own `loss`
     (`loss_of`); of any other model a sum of its outputs under random signs, whose squared gradient
@@ -41,7 +43,8 @@ def squared_gradients(
     """
     names = {alias: name for name, each in weights.items() for alias in each.names}
     found = {
-        name: SquareSum(each.fit_shape[0], each.parameter.device) for name, each in weights.items()
+        name: [SquareSum(each.fit_shape[0], each.parameter.device) for _ in range(each.parts)]
+        for name, each in weights.items()
     }
     graphs: dict[str, tuple[fx.GraphModule, list[Use]]] = {}
     with inferring(model), together.all_or_none("finding its gradients"):
@@ -54,7 +57,8 @@ def squared_gradients(
             _add(*graphs[given.signature], given, found, number)
         if number < 0:
             raise EmptyCalibration
-    together.add_up(tensor for each in found.values() for tensor in each.tensors.values())
+    sums = (part for parts in found.values() for part in parts)
+    together.add_up(tensor for each in sums for tensor in each.tensors.values())
     return {name: _mean(name, each) for name, each in found.items()}
 
 
@@ -67,7 +71,7 @@ def _add(
     gm: fx.GraphModule,
     uses: list[Use],
     given: Given,
-    found: Mapping[str, SquareSum],
+    found: Mapping[str, Sequence[SquareSum]],
     number: int,
 ) -> None:
     watched = _Watched(gm, uses, tokens_of(gm, given.leaves), found)
@@ -90,11 +94,17 @@ class _Watched(fx.Interpreter):
     """Runs a graph with weights that need no gradients; adds those of the layers' outputs."""
 
     def __init__(
-        self, gm: fx.GraphModule, uses: list[Use], tokens: Tokens, found: Mapping[str, SquareSum]
+        self,
+        gm: fx.GraphModule,
+        uses: list[Use],
+        tokens: Tokens,
+        found: Mapping[str, Sequence[SquareSum]],
     ) -> None:
         super().__init__(gm)
         self._uses = {use.node: use for use in uses}
         self._tokens, self._found = tokens, found
+        self._routing = {node for use in uses for node in use.sources[1:]}
+        self._routes: dict[fx.Node, Tensor] = {}
         self.leaves: list[Tensor] = []
         """The outputs at which gradients begin: nothing before them depends on a layer."""
 
@@ -106,6 +116,8 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         """As the base class does; a layer's output is watched."""
         value = super().run_node(n)
+        if n in self._routing and isinstance(value, Tensor):
+            self._routes[n] = value
         if n not in self._uses:
             return value
         assert isinstance(value, Tensor)
@@ -117,15 +129,20 @@ class _Watched(fx.Interpreter):
         return value
 
     def _take(self, use: Use, gradient: Tensor) -> None:
+        found = self._found[use.parameter]
         if isinstance(use.rows, PatchRows):
-            rows = gradient.movedim(-3, -1).flatten(0, -2)
-        else:
-            rows = self._tokens.of(gradient)
-        self._found[use.parameter].add(rows, self._tokens.samples)
+            pixels = gradient.movedim(-3, -1).flatten(0, -2)
+            for own, rows in zip(found, pixels.chunk(len(found), 1), strict=True):
+                own.add(rows, self._tokens.samples)
+            return
+        routes = (self._routes[node] for node in use.sources[1:])
+        for part, rows, samples in use.rows(self._tokens, gradient, *routes):
+            found[part].add(rows, samples)
 
 
-def _mean(name: str, gradients: SquareSum) -> Tensor:
-    mean = gradients.squares / gradients.count[0].clamp(min=1)  # nothing: the loss ignores it
+def _mean(name: str, parts: Sequence[SquareSum]) -> Tensor:
+    # Without rows: the loss ignores it, or no token went to the expert.
+    mean = torch.cat([each.squares / each.count[0].clamp(min=1) for each in parts])
     if not mean.isfinite().all():
         error = NonFiniteStatistics(statistic="gradients")
         error.add_note(f"the layer is {name}")

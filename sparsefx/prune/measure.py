@@ -55,10 +55,10 @@ def outliers_of_blocks(
 
 def _outliers(layers: Sequence[Observed], outlier: float) -> float:
     pairs = []
-    for layer in layers:
-        squares = layer.statistics["squares"]
+    for matrix, statistics in (part for layer in layers for part in layer.parts()):
+        squares = statistics["squares"]
         assert isinstance(squares, SquareSum)
-        pairs.append((layer.weight.matrix(), squares.norms))
+        pairs.append((matrix, squares.norms))
     return outlier_share(pairs, outlier)
 
 
@@ -67,7 +67,7 @@ def tried_on(layer: Observed, pattern: Pattern) -> tuple[Solved, float]:
 
     It has a gram among its statistics. Raises what `solve` does, naming the layer.
     """
-    solved, error = tried(layer.weight, pattern, layer.statistics)
+    solved, error = tried(layer, pattern)
     assert error is not None  # there is a gram
     return solved, error
 
@@ -99,10 +99,15 @@ class _Errors:
         solved, error = tried_on(layer, pattern)
         if self.importance is None:
             return error**2
-        gram = layer.statistics["gram"]
-        assert isinstance(gram, Gram)
-        lost = row_errors(layer.weight.matrix().float() - solved.weight, gram.gram)
-        return float(lost @ self.importance[layer.weight.name]) / 2 / max(1, int(gram.count[1]))
+        pruned = solved.weight.chunk(layer.weight.parts)
+        weighted = self.importance[layer.weight.name].chunk(layer.weight.parts)
+        total, samples = 0.0, 1
+        for (dense, statistics), own, each in zip(layer.parts(), pruned, weighted, strict=True):
+            gram = statistics["gram"]
+            assert isinstance(gram, Gram)
+            total += float(row_errors(dense.float() - own, gram.gram) @ each)
+            samples = max(samples, int(gram.count[1]))
+        return total / 2 / samples
 
 
 def error_table(
@@ -113,10 +118,10 @@ def error_table(
 ) -> dict[str, list[float]]:
     """Of each weight, the error of each of its choices on dense inputs.
 
-    That is the squared relative output error; with the importance [out] of each weight's outputs,
-    half the squared change of each output times its importance, a sample of the data on average.
-    Choices are tried under the criterion of the weight's pattern in `chosen`. Infinite for a choice
-    that does not fit.
+    That is the squared relative output error; with the importance of each weight's outputs (rows
+    of its matrix), half the squared change of each output times its importance, a sample of the
+    data on average. Choices are tried under the criterion of the weight's pattern in `chosen`.
+    Infinite for a choice that does not fit.
     """
     visit = _Errors(chosen, choices, importance)
     found = facts_of_blocks(data, needs_of(chosen, exact=True), visit, "errors")

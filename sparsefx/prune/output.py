@@ -1,5 +1,8 @@
 """What pruning does to a layer's output, from X^T X alone:  ||D X||^2 = sum of D (X^T X) D^T."""
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,10 +22,20 @@ def output_error(weight: Tensor, pruned: Tensor, inputs: Gram | Sketch) -> float
 
     From a gram, or estimated from a sketch of the layer's input.
     """
+    return relative([energies(weight, pruned, inputs)])
+
+
+def energies(weight: Tensor, pruned: Tensor, inputs: Gram | Sketch) -> tuple[float, float]:
+    """||(W - W') X||^2 and ||W X||^2, as `output_error`."""
     dense = weight.detach().float()
     lost = _energy(dense - pruned.detach().float(), inputs)
-    whole = _energy(dense, inputs)
-    return float((lost / whole).sqrt()) if whole > 0 else 0.0
+    return float(lost), float(_energy(dense, inputs))
+
+
+def relative(parts: Iterable[tuple[float, float]]) -> float:
+    """The `output_error` of a weight from the `energies` of its parts."""
+    lost, whole = (sum(column) for column in zip(*parts, strict=True))
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 
 def _energy(matrix: Tensor, inputs: Gram | Sketch) -> Tensor:

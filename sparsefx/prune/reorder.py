@@ -6,6 +6,7 @@ those of the criterion where it has none but sums of rows: |W| without data, |W|
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sparsefx.calibrate.given import arguments_of, captured
@@ -67,18 +68,21 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Of each weight [rows, input channels], float32: taps of a convolution are rows."""
     by_data = [name for name, pattern in asked.items() if pattern.criterion.needs]
-    norms: dict[str, Tensor] = {}
+    norms: dict[str, list[Tensor]] = {}
 
     def visit(block: Block) -> Visited:
         for name, layer in block.layers.items():
-            norms[name] = layer.statistics["squares"].norms  # type: ignore[attr-defined]
+            norms[name] = [part["squares"].norms for part in layer.statistics]  # type: ignore[attr-defined]
         return Visited()
 
     if by_data:
         facts_of_blocks(data, dict.fromkeys(by_data, frozenset({"squares"})), visit, "norms")
     found = {}
     for name in asked:
-        dense = weights[name].matrix().float()
-        scores = wanda_scores(dense, norms[name]) if name in norms else dense.abs()
-        found[name] = scores.reshape(-1, weights[name].fit_shape[1])
+        parts = [part.float() for part in weights[name].matrices()]
+        if name in norms:
+            scores = [wanda_scores(*each) for each in zip(parts, norms[name], strict=True)]
+        else:
+            scores = [part.abs() for part in parts]
+        found[name] = torch.cat(scores).reshape(-1, weights[name].fit_shape[1])
     return found

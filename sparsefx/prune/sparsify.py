@@ -20,7 +20,8 @@ from sparsefx import debug
 from sparsefx.allocations import Within
 from sparsefx.annotations import annotate, annotate_pruning, annotations, pruned_layers
 from sparsefx.calibrate.digest import digest
-from sparsefx.calibrate.sequential import run_blocks
+from sparsefx.calibrate.sequential import Observed, run_blocks
+from sparsefx.calibrate.statistics import Statistic
 from sparsefx.formats import pack_bits, unpack_bits
 from sparsefx.prune.decide import Decision, needs_of, record_from, record_of
 from sparsefx.prune.measure import Data
@@ -74,7 +75,10 @@ def prune_weights(
         exact=isinstance(recipe.allocation, Within) and recipe.allocation.error is not None,
     )
     lines = pruned_layers(pruned)
-    noted = {name: replace(lines[name], note=note) for name, note in notes.items()}
+    noted = {
+        name: replace(lines[name], note="; ".join(filter(None, (lines[name].note, note))))
+        for name, note in notes.items()
+    }
     annotate_pruning(pruned, noted)
     if recipe.permute and inplace:
         take_over(model, pruned)
@@ -172,7 +176,8 @@ def _decide(
     keeps, records = {}, {}
     bar = tqdm(chosen.items(), desc="sparsify", unit="weight", disable=not progress)
     for name, pattern in bar:
-        solved, records[name] = record_of(weights[name], pattern, {}, "")
+        unseen: tuple[dict[str, Statistic], ...] = ({},) * weights[name].parts
+        solved, records[name] = record_of(Observed(weights[name], unseen), pattern, "")
         keeps[name] = pack_bits(solved.keep)
     return keeps, records
 

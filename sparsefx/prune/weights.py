@@ -1,14 +1,19 @@
 """Which weights of a model may be pruned, and how each one is read as a matrix [out, in].
 
-module               stored as         read as            an input group is
-nn.Linear            [out, in]         [out, in]          consecutive columns
-transformers Conv1D  [in, out]         transposed         consecutive rows as stored
-nn.Conv2d            [K, C, R, S]      [K, R * S * C]     consecutive input channels C
+module               stored as         read as                an input group is
+nn.Linear            [out, in]         [out, in]              consecutive columns
+transformers Conv1D  [in, out]         transposed             consecutive rows as stored
+nn.Conv2d            [K, C, R, S]      [K, R * S * C]         consecutive input channels C
+experts              [E, out, in]      [E * out, in]          consecutive columns
+experts, transposed  [E, in, out]      [E * out, in]          consecutive rows as stored
+
+A weight of several parts (experts; groups of a convolution, K / groups filters each) is as many
+matrices with inputs of their own, one below the other. Experts are the 3-d parameters of a module
+that transformers' `use_experts_implementation` has decorated.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +27,43 @@ class PrunableWeight:
 
     name: its parameter name; names: every name it goes by (tied weights have several), `name`
     included; parameter: as stored; axis: the dimension of the parameter that is the input, along
-    which groups run; held_back: why only a key that spells out a name selects it, "" where any
-    matching glob does.
+    which groups run; parts: how many matrices it is, with inputs of their own; held_back: why only
+    a key that spells out a name selects it, "" where any matching glob does.
     """
 
     name: str
     names: tuple[str, ...]
     parameter: nn.Parameter
     axis: int
+    parts: int = 1
     held_back: str = ""
 
     @property
+    def is_stack(self) -> bool:
+        """Whether its parts are layers of their own: experts, not groups of one convolution."""
+        return self.parameter.dim() == _STACKED
+
+    @property
     def fit_shape(self) -> torch.Size:
-        """[out, channels]: what `Pattern.misfit` must accept, so that no group crosses a tap."""
-        return torch.Size((self.parameter.shape[1 - self.axis], self.parameter.shape[self.axis]))
+        """[out, channels] of one part: what `Pattern.misfit` must accept, so that no group crosses
+        a tap and no block crosses two parts."""
+        shape, channels = self.parameter.shape, self.parameter.shape[self.axis]
+        if self.is_stack:
+            return torch.Size((self.parameter.numel() // shape[0] // channels, channels))
+        return torch.Size((shape[1 - self.axis] // self.parts, channels))
+
+    @property
+    def columns(self) -> int:
+        """How many inputs each output has: the width of the matrix."""
+        return self.parameter.numel() // (self.parts * self.fit_shape[0])
 
     def matrix(self) -> Tensor:
-        """The weight as [out, in], detached; a view where the layout allows, else a copy."""
-        moved = self.parameter.detach().movedim(self.axis, -1)
-        return moved.reshape(moved.shape[0], prod(moved.shape[1:]))
+        """The weight as [parts * out, in], detached; a view where the layout allows, or a copy."""
+        return self.parameter.detach().movedim(self.axis, -1).reshape(-1, self.columns)
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The matrix [out, in] of each part, as `matrix()`."""
+        return self.matrix().chunk(self.parts)
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """A matrix like that of `matrix()` (a mask, say) in the parameter's own shape; a view."""
@@ -49,13 +72,18 @@ class PrunableWeight:
         return matrix.view(*shape, channels).movedim(-1, self.axis)
 
 
+_STACKED = 3  # dimensions of a stack of experts
+_EXPERTS = frozenset({"num_experts", "is_transposed", "has_gate", "has_bias"})
+"""What every module that transformers runs as a stack of experts has as attributes of its own."""
+
+
 def prunable_weights(model: nn.Module) -> dict[str, PrunableWeight]:
     """Every weight of `model` that may be pruned, in module order, by parameter name.
 
-    These are the floating-point (16 bits or more) weights of nn.Linear, transformers' Conv1D and
-    nn.Conv2d. A parameter shared by several modules appears once, under its first prunable name.
-    Held back from globs: weights tied to a module of another kind, such as an output head that
-    shares its matrix with the embedding, and depthwise convolutions.
+    These are the floating-point (16 bits or more) weights of nn.Linear, transformers' Conv1D,
+    nn.Conv2d and stacks of experts. A parameter shared by several modules appears once, under its
+    first prunable name. Held back from globs: weights tied to a module of another kind, such as an
+    output head that shares its matrix with the embedding, and depthwise convolutions.
     """
     names = _names_by_identity(model)
     found: dict[int, PrunableWeight] = {}
@@ -64,7 +92,12 @@ def prunable_weights(model: nn.Module) -> dict[str, PrunableWeight]:
         owned.setdefault(id(weight), []).append(name)
         if id(weight) not in found:
             found[id(weight)] = PrunableWeight(
-                name, names[id(weight)], weight, _input_axis(module), _depthwise(module)
+                name,
+                names[id(weight)],
+                weight,
+                _input_axis(module),
+                _parts(module, weight),
+                _depthwise(module),
             )
     return {
         weight.name: _hold_back_if_tied(weight, owned[identity])
@@ -74,12 +107,15 @@ def prunable_weights(model: nn.Module) -> dict[str, PrunableWeight]:
 
 def _weights_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     for path, module in model.named_modules(remove_duplicate=False):
-        if not (isinstance(module, nn.Linear | nn.Conv2d) or _is_conv1d(module)):
+        is_layer = isinstance(module, nn.Linear | nn.Conv2d) or _is_conv1d(module)
+        if not (is_layer or _is_experts(module)):
             continue
         # A parametrized or quantized layer computes `weight` and has no such parameter.
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is not None and _has_values(weight):
-            yield f"{path}.weight" if path else "weight", module, weight
+        for name, weight in module.named_parameters(recurse=False):
+            if not _has_values(weight):
+                continue
+            if name == "weight" if is_layer else weight.dim() == _STACKED:
+                yield f"{path}.{name}" if path else name, module, weight
 
 
 def _names_by_identity(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -97,6 +133,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def _is_experts(module: nn.Module) -> bool:
+    return vars(module).keys() >= _EXPERTS
+
+
 def _has_values(weight: nn.Parameter) -> bool:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return False
@@ -104,7 +144,15 @@ def _has_values(weight: nn.Parameter) -> bool:
 
 
 def _input_axis(module: nn.Module) -> int:
+    if _is_experts(module):
+        return 1 if vars(module)["is_transposed"] else 2
     return 0 if _is_conv1d(module) else 1
+
+
+def _parts(module: nn.Module, weight: nn.Parameter) -> int:
+    if _is_experts(module):
+        return weight.shape[0]
+    return module.groups if isinstance(module, nn.Conv2d) else 1
 
 
 def _depthwise(module: nn.Module) -> str:
@@ -117,5 +165,4 @@ def _hold_back_if_tied(weight: PrunableWeight, layers: list[str]) -> PrunableWei
     others = [name for name in weight.names if name not in layers]
     if not others:
         return weight
-    reason = f"tied to {others[0]}"
-    return PrunableWeight(weight.name, weight.names, weight.parameter, weight.axis, reason)
+    return replace(weight, held_back=f"tied to {others[0]}")

@@ -62,10 +62,10 @@ def fits(pattern: Pattern | None, layer: Layer) -> bool:
 def _price(allocation: Knapsack, cache: Path | None) -> Price:
     """`cost` under the allocation's budget, found once for layers of one shape."""
     device = None if allocation.target is None else devices.named(allocation.target, cache)
-    known: dict[tuple[Pattern | None, tuple[int, ...], torch.dtype], int] = {}
+    known: dict[tuple[object, ...], int] = {}
 
     def price(pattern: Pattern | None, layer: Layer) -> int:
-        key = (pattern, layer.shape, layer.dtype)
+        key = (pattern, layer.shape, layer.dtype, layer.parts)
         if key not in known:
             known[key] = cost(pattern, layer, allocation.budget, device, allocation.rows)
         return known[key]

@@ -28,8 +28,9 @@ def cost(
     """The cost of `pattern` (None: dense) on `layer`, a whole number from 0 on.
 
     budget: "parameters" kept; "bytes" of the stored weight; "time": nanoseconds on `device` for
-    `rows` rows of input, rounded up. A convolution runs dense, whatever its zeros: there is no
-    sparse kernel for it, so that its time is the same for every pattern. Raises UnknownOption.
+    `rows` rows of input, rounded up. Convolutions and experts run dense, whatever their zeros:
+    there is no sparse kernel for them, so that their time is the same for every pattern, of experts
+    that of all rows through all of them. Raises UnknownOption.
     """
     match budget:
         case "parameters":
@@ -37,8 +38,8 @@ def cost(
         case "bytes":
             return min(_bytes(layout, pattern, layer) for layout in _layouts(pattern))
         case "time" if device is not None:
-            is_conv = len(layer.shape) > 2
-            layouts = ("dense",) if is_conv else _layouts(pattern)
+            is_linear = len(layer.shape) == 2 and layer.parts == 1
+            layouts = _layouts(pattern) if is_linear else ("dense",)
             return min(_nanoseconds(layout, pattern, layer, device, rows) for layout in layouts)
         case _:
             known = "parameters, bytes, or time with a device"
@@ -50,24 +51,26 @@ def kept(pattern: Pattern | None, layer: Layer) -> int:
 
     A criterion that counts in each row (Wanda) rounds there, and may keep up to one more a row.
     """
+    numel, out = math.prod(layer.shape), layer.shape[0]
     match pattern:
         case None:
             return layer.numel
         case NM(n=n, m=m):
             return layer.numel // m * n
         case Block(rows=rows, cols=cols):
-            return _whole_parts(pattern.sparsity, layer.numel // (rows * cols), rows * cols)
+            own = _whole_units(pattern.sparsity, numel // (rows * cols), rows * cols)
         case Rows():
-            return _whole_parts(pattern.sparsity, layer.shape[0], layer.numel // layer.shape[0])
+            own = _whole_units(pattern.sparsity, out, numel // out)
         case Columns():
-            return _whole_parts(pattern.sparsity, layer.numel // layer.shape[0], layer.shape[0])
+            own = _whole_units(pattern.sparsity, numel // out, out)
         case _:
-            return _whole_parts(pattern.sparsity, layer.numel, 1)
+            own = _whole_units(pattern.sparsity, numel, 1)
+    return layer.parts * own
 
 
-def _whole_parts(sparsity: float, parts: int, size: int) -> int:
-    """Weights in the parts that are kept, of `parts` of one size."""
-    return (parts - int(sparsity * parts)) * size
+def _whole_units(sparsity: float, units: int, size: int) -> int:
+    """Weights in the units that are kept, of `units` of one size."""
+    return (units - int(sparsity * units)) * size
 
 
 def _layouts(pattern: Pattern | None) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ def _bytes(layout: str, pattern: Pattern | None, layer: Layer) -> int:
 def _nanoseconds(
     layout: str, pattern: Pattern | None, layer: Layer, device: Device, rows: int
 ) -> int:
-    sizes = (layer.shape[0], layer.numel // layer.shape[0])
+    outputs = layer.parts * layer.shape[0]
+    sizes = (outputs, layer.numel // outputs)
     work = linear_cost(layout, *sizes, rows, *_numbers(pattern, layer), layer.dtype)
     return math.ceil(work.seconds(device) * 1e9)

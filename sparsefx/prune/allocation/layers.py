@@ -14,18 +14,20 @@ class Layer:
     """One weight that takes part in a budget.
 
     name: its parameter name; block: the repeated block it belongs to, such as "model.layers.3";
-    shape: (out, in) or, of a convolution, (out, in channels, *kernel), whatever the stored order.
+    shape: (out, in) or, of a convolution, (out, in channels, *kernel), whatever the stored order;
+    parts: how many weights of this shape it is, such as a layer's experts.
     """
 
     name: str
     block: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    parts: int = 1
 
     @property
     def numel(self) -> int:
-        """Number of its weights."""
-        return math.prod(self.shape)
+        """Number of its weights, of all parts."""
+        return self.parts * math.prod(self.shape)
 
 
 def total(layers: Sequence[Layer]) -> int:

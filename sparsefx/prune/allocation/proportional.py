@@ -37,7 +37,7 @@ def er(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
     The mean weighted by parameters is `sparsity` (arXiv 1707.04780). Kernel sizes of convolutions
     do not count. Raises InvalidAllocation for a sparsity outside [0, 1).
     """
-    scores = [sum(layer.shape[:2]) * math.prod(layer.shape[2:]) for layer in layers]
+    scores = [layer.parts * sum(layer.shape[:2]) * math.prod(layer.shape[2:]) for layer in layers]
     return _by_score(layers, scores, sparsity, 0.0)
 
 
@@ -47,7 +47,8 @@ def erk(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
     The mean weighted by parameters is `sparsity` (arXiv 1911.11134). Raises InvalidAllocation for a
     sparsity outside [0, 1).
     """
-    return _by_score(layers, [sum(layer.shape) for layer in layers], sparsity, 0.0)
+    scores = [layer.parts * sum(layer.shape) for layer in layers]
+    return _by_score(layers, scores, sparsity, 0.0)
 
 
 def by_score(
