@@ -8,9 +8,9 @@ from sparsefx import debug
 from sparsefx.allocations import GROUPS
 from sparsefx.api.sparse_model import check_calibration
 from sparsefx.attention.spec import Metric
-from sparsefx.calibrate.blocks import block_of, repeated_blocks
 from sparsefx.errors import MissingCalibration, UnknownOption
 from sparsefx.patterns import NM, Pattern, Unstructured
+from sparsefx.prune.layer_of import blocks_of
 from sparsefx.prune.measure import Data
 from sparsefx.prune.selection import check_pattern, choose_patterns
 from sparsefx.prune.sensitivity.records import SensitivityReport
@@ -100,5 +100,5 @@ def _groups(
     """Of each weight, what is pruned with it: itself, or its repeated block if it has one."""
     if by == "weight":
         return {name: name for name in chosen}
-    blocks = repeated_blocks({name: weights[name].parameter.numel() for name in chosen})
-    return {name: block_of(name, blocks) or name for name in chosen}
+    blocks = blocks_of({name: weights[name] for name in chosen})
+    return {name: block or name for name, block in blocks.items()}

@@ -21,7 +21,6 @@ from sparsefx.allocations import (
     Within,
     ZerothOrder,
 )
-from sparsefx.calibrate.blocks import block_of, repeated_blocks
 from sparsefx.errors import InvalidAllocation, MissingCalibration
 from sparsefx.patterns import NM, Pattern
 from sparsefx.prune.allocation.choose import choose
@@ -31,7 +30,7 @@ from sparsefx.prune.allocation.owl import owl, owl_nm
 from sparsefx.prune.allocation.proportional import by_score, er, erk
 from sparsefx.prune.allocation.zeroth_order import zeroth_order_scores
 from sparsefx.prune.language_loss import losses_of
-from sparsefx.prune.layer_of import layer_of
+from sparsefx.prune.layer_of import blocks_of, layer_of
 from sparsefx.prune.loss_gradients import squared_gradients
 from sparsefx.prune.measure import Data, error_table, outliers_of_blocks
 from sparsefx.prune.sensitivity.within import Build, within
@@ -82,8 +81,8 @@ def _errors(
 
 def layers_of(weights: Weights, chosen: Patterns) -> list[Layer]:
     """The weights that take part, with the repeated blocks that they belong to."""
-    blocks = repeated_blocks({name: weights[name].parameter.numel() for name in chosen})
-    return [layer_of(weights[name], block_of(name, blocks) or "") for name in chosen]
+    blocks = blocks_of({name: weights[name] for name in chosen})
+    return [layer_of(weights[name], block) for name, block in blocks.items()]
 
 
 class _Budgets:
