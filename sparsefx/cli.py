@@ -42,16 +42,17 @@ a recipe names weights, and attentions, by glob; the first one that matches deci
   match = "*.self_attn.*"
   pattern = "unstructured"    # or "block" (rows, cols, sparsity), "rows", "columns", "dense"
   sparsity = 0.5
-  criterion = "sparsegpt"     # or "wanda", "dsnot", "random", "magnitude" (default)
+  criterion = "sparsegpt"     # or "wanda", "dsnot", "reconstruct", "random", "magnitude" (default)
   [allocation]
-  method = "owl"              # or erk, zerothorder, globalmagnitude, knapsack: spreads the budget
+  method = "owl"              # or er, erk, zerothorder, globalmagnitude, knapsack, within
   [[attention]]
   match = "*.self_attn"
   method = "skip_softmax"     # or "theta" (k, ...), or "dense"
   sparsity = 0.7              # or error, or scale_factor = [prefill, decode]
 
-criteria but magnitude and random, owl, zerothorder and knapsack, and attention without scale_factor
-are calibrated on data: a .safetensors file of batches, tensors input_ids.0, input_ids.1, ..., or
+permute = true at the top lets input channels of N:M weights change places. criteria but magnitude
+and random, owl, zerothorder, knapsack, within, permute, and attention without scale_factor are
+calibrated on data: a .safetensors file of batches, tensors input_ids.0, input_ids.1, ..., or
 one input_ids [batches, batch, length]:
   sparsefx explain my-model/ --recipe recipe.toml --calibration text.safetensors
 

@@ -32,14 +32,17 @@ def sparsify(args: argparse.Namespace) -> None:
     """Prunes by a recipe and saves a sparse checkpoint folder."""
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists; give a new folder, or remove it")
+    for path in (args.json, args.html):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise FileNotFoundError(f"{path} is no place for a file")
     recipe = _recipe(args)
     assert recipe is not None  # a required argument
     model = load_model(args.model, args.dtype)
     sparsefx.sparsify(model, recipe, _calibration(model, args), inplace=True, state=args.state)
     report = sparsefx.pruning_report(model)
     print(report)
-    _write_report(report, args)
     sparsefx.save(model, args.out, recipe=recipe)
+    _write_report(report, args)
     if args.model.is_dir():
         _copy_description(model, args.model, args.out)
     dense = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -304,7 +304,7 @@ class NonFiniteStatistics(SparseFXError, ValueError):
     """Statistics of a layer's input that are NaN or infinite."""
 
     message = (
-        "the {statistic} of the layer's inputs are NaN or infinite: "
+        "the {statistic} of the inputs of {name} are NaN or infinite: "
         "look for bad weights in the layers before it, or bad calibration inputs"
     )
 
@@ -313,7 +313,7 @@ class SingularHessian(SparseFXError, ArithmeticError):
     """A Hessian X^T X that cannot be factorised, whatever the damping that was tried."""
 
     message = (
-        "X^T X of the layer's inputs has no Cholesky factor, even with {damp:g} times its mean "
+        "X^T X of the inputs of {name} has no Cholesky factor, even with {damp:g} times its mean "
         "diagonal added; pass more calibration data, or a larger damp"
     )
 
@@ -370,4 +370,31 @@ class NonFiniteMetric(SparseFXError, ValueError):
     message = (
         "the metric of the dense {model} is {value}: it must be a finite number, lower for a "
         "better model; look for bad inputs or bad weights"
+    )
+
+
+class UnseenLayer(UnobservedLayer):
+    """A layer that calibration batches run, but never on a row that counts."""
+
+    message = (
+        "no calibration batch has a row that counts for {name}: its inputs are empty, or "
+        "attention_mask masks all of them; pass batches with tokens to learn from"
+    )
+
+
+class TooFewValues(EmptyCalibration):
+    """A batch on which a batch norm sees no two values of a channel, whose variance it needs."""
+
+    message = (
+        "batch norm {name} sees {values} value(s) per channel on calibration batch {batch} (from "
+        "0), and a variance needs two; pass batches of more samples"
+    )
+
+
+class NoGradient(SparseFXError, RuntimeError):
+    """A model whose loss cannot be differentiated with respect to its layers' outputs."""
+
+    message = (
+        "the loss has no gradient at the outputs of the layers: {rule}; "
+        'pass Knapsack(objective="error"), which needs none'
     )

@@ -22,6 +22,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         _check_sparsity(self, self.sparsity)
+        _check_criterion(self, self.criterion)
 
     def __str__(self) -> str:
         return f"unstructured {self.sparsity:.0%}"
@@ -57,6 +58,7 @@ class NM:
                 rule="n counts the weights kept of each m and 0 < n < m must hold",
                 remedy="2:4 is NM(2, 4)",
             )
+        _check_criterion(self, self.criterion)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -205,12 +207,22 @@ def _keep_by_rank(scores: Tensor, count: int) -> Tensor:
 
 
 def _whole(*numbers: object) -> bool:
-    return all(isinstance(number, int) for number in numbers)
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
+def _check_criterion(pattern: object, criterion: object) -> None:
+    if not isinstance(criterion, Criterion):
+        raise InvalidPattern(
+            pattern=f"{type(pattern).__name__}(criterion={criterion!r})",
+            rule="the criterion is an instance of one of the criteria",
+            remedy="Write Wanda() or SparseGPT(), with brackets",
+        )
 
 
 def _check_whole_parts(pattern: object, sparsity: object, criterion: Criterion) -> None:
     """Of a pattern that prunes whole parts of a weight."""
     _check_sparsity(pattern, sparsity)
+    _check_criterion(pattern, criterion)
     if isinstance(criterion, Reconstruct):
         criterion = criterion.start
     if isinstance(criterion, DSnoT):

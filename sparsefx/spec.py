@@ -27,7 +27,9 @@ class Recipe:
     attention, or maps globs on attention names ("*.layers.1?.self_attn") to one or to None.
     `allocation` spreads the budget that the patterns set over the weights that they match; without
     one every weight gets its pattern as it is. `permute`: whether input channels of N:M weights may
-    change places first, where that leaves the model's function as it is and N:M keeps more.
+    change places first, where that leaves the model's function as it is and N:M keeps more; its
+    function on calls of the kinds that the calibration batches show: let them show all (each task,
+    each optional input), since another branch may read the same weights otherwise.
     """
 
     weights: Mapping[str, Pattern | None] = field(default_factory=dict)

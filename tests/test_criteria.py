@@ -15,6 +15,7 @@ from sparsefx.calibrate.statistics import STATISTICS, Gram, Sketch
 from sparsefx.criteria import Criterion, DSnoT, Magnitude, Random, SparseGPT, Wanda
 from sparsefx.errors import (
     InvalidCriterion,
+    InvalidPattern,
     MissingCalibration,
     MissingStatistics,
     NonFiniteStatistics,
@@ -260,3 +261,12 @@ def test_the_backend_which_sees_no_data_refuses_criteria_that_need_it() -> None:
         run(gm, (ApplyRecipe(recipe),), PassContext())
     random = sparsefx.Recipe({"*": NM(2, 4, Random())})
     assert run(gm, (ApplyRecipe(random),), PassContext()) == {"apply_recipe": 1}
+
+
+@pytest.mark.parametrize("bad", [Wanda, "wanda", None])
+@pytest.mark.parametrize("make", PATTERNS)
+def test_what_is_no_criterion_is_refused(make: Callable[[Criterion], Pattern], bad: object) -> None:
+    with pytest.raises(InvalidPattern, match="with brackets"):
+        make(bad)  # type: ignore[arg-type]
+    with pytest.raises(InvalidPattern):
+        NM(True, 4)

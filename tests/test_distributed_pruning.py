@@ -1,5 +1,8 @@
 """Two processes that share the calibration data decide as one."""
 
+import errno
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import sparsefx
+from sparsefx.calibrate import resume as resuming
+from sparsefx.calibrate import spill
 from sparsefx.calibrate.sequential import Block, Visited, run_blocks
 from sparsefx.errors import EmptyCalibration, NonFiniteActivation, PeerFailed
 from sparsefx.prune.weights import prunable_weights
@@ -47,11 +53,58 @@ def fail_alone(rank: int) -> None:
         run_blocks(model, batches[: 1 - rank], needs, nothing, progress=False)
     with pytest.raises(PeerFailed, match="differ in blocks, layers"):
         run_blocks(model, batches, dict(list(needs.items())[rank:]), nothing, progress=False)
+    for recipes, factors in (((2, 1), (1, 1)), ((2, 2), (1, 2))):
+        recipe = sparsefx.Recipe({"*": sparsefx.NM(recipes[rank], 4, sparsefx.Wanda())})
+        linear = torch.nn.Linear(8, 8)
+        torch.nn.init.constant_(linear.weight, factors[rank])
+        torch.nn.init.zeros_(linear.bias)
+        with pytest.raises(PeerFailed, match="differ in .*model, patterns or options"):
+            sparsefx.sparsify(linear, recipe, [torch.ones(3, 8)], progress=False)
     if rank == 1:
         with torch.no_grad():
             model.get_submodule("encoder.layer.0.intermediate.dense").bias.fill_(float("nan"))
     with pytest.raises(PeerFailed if rank == 0 else NonFiniteActivation):
         run_blocks(model, batches, needs, nothing, progress=False)
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fail_between_blocks(folder: Path, rank: int) -> None:
+    """A disk fills up while values are handed on, or a block that is done cannot be shared."""
+    model, batches, needs = calibration()
+
+    def run(failing: int, **options: object) -> None:
+        with pytest.raises(OSError if rank == failing else PeerFailed, match="No space|another"):
+            run_blocks(model, batches[:2], needs, wanda, progress=False, **options)  # type: ignore[arg-type]
+
+    # Of two batches: read, run up to the first block, its dense outputs, those with new weights.
+    for written in (2, 4, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            write = after(written, spill.write_atomically, rank == 1)
+            patch.setattr(spill, "write_atomically", write)
+            run(1, max_memory=0)
+    state = folder / "between"
+    run_blocks(model, batches[:2], needs, wanda, state=state, progress=False).close()
+    for failing, name in ((0, "weight"), (1, "add")):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing:
+                patch.setattr(resuming.Store, name, no_space)
+            run(failing, state=state)
+
+
+def after(count: int, write: Callable[[Path, bytes], None], fails: bool) -> Callable[..., None]:
+    """Writes `count` times; where it fails, the disk is full then."""
+    written: list[Path] = []
+
+    def limited(path: Path, content: bytes) -> None:
+        written.append(path)
+        if fails and len(written) > count:
+            no_space()
+        write(path, content)
+
+    return limited
 
 
 def differ(rank: int) -> None:
@@ -100,10 +153,17 @@ def route(share: slice) -> dict[str, Tensor]:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
+    )
     share = slice(0, 2) if rank == 0 else slice(2, 5)
     decide(folder, rank, share)
     fail_alone(rank)
+    fail_between_blocks(folder, rank)
     differ(rank)
     resume(folder, rank, share)
     save_file(route(share), folder / f"experts-{rank}.safetensors")

@@ -42,7 +42,7 @@ def randomised(model: nn.Module) -> nn.Module:
 def found_in(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] = NO_KEYWORDS
 ) -> Couplings:
-    return find_couplings(capture(model, args, kwargs), model)
+    return find_couplings([capture(model, args, kwargs)], model)
 
 
 def shuffled(coupling: Coupling, seed: int = 5) -> Tensor:
@@ -240,7 +240,7 @@ def test_the_plain_chain_is_not_declined(kind: str) -> None:
     model, args = randomised(Refused(kind)), (torch.randn(2, 5, 8, dtype=torch.float64),)
     found = found_in(model, args)
     assert consumers(found) == ["second.weight"]
-    assert "does not read it" in found.declined["unused.weight"].reason
+    assert "no captured call reads it" in found.declined["unused.weight"].reason
     names = {member.name for member in found.found[0].producers}
     assert names == {"first.weight", "first.bias"} | ({"table"} if "table" in kind else set())
     assert_unchanged(model, found, args)

@@ -165,8 +165,8 @@ def test_mixed_patterns_of_a_knapsack_and_of_owl() -> None:
     pattern = sparsefx.NM(2, 4, sparsefx.Wanda())
     fast = pruned(pattern, sparsefx.Knapsack(choices))
     report = sparsefx.pruning_report(fast)
-    assert {layer.pattern for layer in report.layers} <= {"2:4", "4:8", "unstructured 70%"}
-    assert {layer.criterion for layer in report.layers} == {"Wanda"}
+    assert {layer.pattern for layer in report.layers} <= {"2:4", "4:8", "unstructured 70%", "dense"}
+    assert {layer.criterion for layer in report.layers} <= {"Wanda", "-"}
     wide = sparsefx.NM(4, 8, sparsefx.Wanda())
     owl = sparsefx.pruning_report(pruned(wide, sparsefx.OWL(nm_spread=4.0)))
     assert len({layer.pattern for layer in owl.layers}) > 1

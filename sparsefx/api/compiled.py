@@ -8,10 +8,11 @@ from torch import nn
 from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request, check_weights, mode_options
 from sparsefx.api.runnable import runnable
-from sparsefx.api.sparse_model import check_calibration, decide
+from sparsefx.api.sparse_model import decide
 from sparsefx.api.target_table import check_device, check_guard, choose_target
 from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
+from sparsefx.calibrate.batches import check_calibration
 from sparsefx.errors import UnknownOption
 from sparsefx.spec import Recipe
 from sparsefx.target import Target

@@ -9,10 +9,11 @@ from torch import fx, nn
 
 from sparsefx import graph
 from sparsefx.api.plans import check_weights
-from sparsefx.api.sparse_model import check_calibration, decide
+from sparsefx.api.sparse_model import decide
 from sparsefx.attention.operators import ATTENTION_OPS
 from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
+from sparsefx.calibrate.batches import check_calibration
 from sparsefx.codegen.onnx.at_work import effect_of_thresholds
 from sparsefx.codegen.onnx.attention_functions import GAINS_NOTHING
 from sparsefx.codegen.onnx.export import ExportFacts, blame

@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsefx import debug, devices
 from sparsefx.annotations import annotations, pruned_layers
-from sparsefx.errors import NotCompiled
+from sparsefx.errors import NotCompiled, UnknownOption
 from sparsefx.prune.allocation.costs import cost
 from sparsefx.prune.layer_of import layer_of
 from sparsefx.prune.report.records import PruneReport
@@ -37,8 +37,10 @@ def pruning_report(model: nn.Module, target: str | None = None, rows: int = 1) -
     """What `sparsify` did to each weight of `model`: a PruneReport, without lines if nothing.
 
     target: "A100", "H100", "H200", "L4" or "cpu", to have the roofline predict the time of each
-    layer there for `rows` rows of input, dense and as it is now. Raises UnknownOption.
+    layer there for `rows` rows of input, dense and as it is now; without a time for weights that
+    are there no more. Raises UnknownOption.
     """
+    _check(target, rows)
     layers = list(pruned_layers(model).values())
     facts = {"weights pruned": str(len(layers))}
     if target is not None:
@@ -46,13 +48,22 @@ def pruning_report(model: nn.Module, target: str | None = None, rows: int = 1) -
         weights, patterns = prunable_weights(model), annotations(model)
         facts |= {"predicted for": f"{target}, {rows} rows of input, by the roofline"}
         for number, layer in enumerate(layers):
+            if layer.name not in weights:
+                continue
             shape = layer_of(weights[layer.name], layer.block)
             dense, sparse = (
                 cost(pattern, shape, "time", device, rows) / 1e3
-                for pattern in (None, patterns[layer.name])
+                for pattern in (None, patterns.get(layer.name))
             )
             layers[number] = replace(layer, dense_us=dense, sparse_us=sparse)
     return PruneReport(type(model).__name__, layers, facts)
+
+
+def _check(target: object, rows: object) -> None:
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise UnknownOption(option="rows", value=rows, known="whole numbers from 1 on")
+    if target is not None and not isinstance(target, str):
+        raise UnknownOption(option="target", value=target, known='a name such as "A100" or "cpu"')
 
 
 def _uncaptured(model: nn.Module, session: Session) -> list[Row]:

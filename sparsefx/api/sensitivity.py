@@ -6,8 +6,8 @@ from torch import nn
 
 from sparsefx import debug
 from sparsefx.allocations import GROUPS
-from sparsefx.api.sparse_model import check_calibration
 from sparsefx.attention.spec import Metric
+from sparsefx.calibrate.batches import check_calibration, check_max_memory
 from sparsefx.errors import MissingCalibration, UnknownOption
 from sparsefx.patterns import NM, Pattern, Unstructured
 from sparsefx.prune.layer_of import blocks_of
@@ -59,6 +59,7 @@ def sensitivity(
     the metric raise.
     """
     _check(recipe, choices, by)
+    check_max_memory(max_memory)
     batches = check_calibration(calibration)
     if batches is None:
         raise MissingCalibration(what="sensitivity")

@@ -1,12 +1,11 @@
 """sparsify(): prune the weights and calibrate the attention thresholds that a recipe asks for."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsefx.annotations import replace_attention
 from sparsefx.api.plans import Request
@@ -15,7 +14,8 @@ from sparsefx.api.target_table import choose_target, device_type
 from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.attention.calibration import calibrate_attention
-from sparsefx.errors import EmptyCalibration, ForeignCalibration, MissingCalibration, UnknownOption
+from sparsefx.calibrate.batches import check_calibration, check_max_memory
+from sparsefx.errors import ForeignCalibration, MissingCalibration, UnknownOption
 from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.prune.sparsify import prune_weights, take_over
 from sparsefx.spec import Recipe
@@ -52,16 +52,17 @@ def sparsify(
 
     Returns the model; `pruning_report` tells what became of its weights, `sparsefx.annotations`
     what was decided, `compile` acts on it (eager attention stays dense). Masks and thresholds are
-    deterministic. Raises NothingMatches, PatternDoesNotFit, NonFiniteWeight, EmptyCalibration,
-    MissingCalibration, InvalidAllocation, ImpossibleBudget, and what `run_blocks` and
-    `calibrate_attention` raise; `model` is unchanged after any of them.
+    deterministic. Raises UnknownOption, NothingMatches, PatternDoesNotFit, NonFiniteWeight,
+    EmptyCalibration, MissingCalibration, ForeignCalibration, InvalidAllocation, ImpossibleBudget,
+    and what `run_blocks` and `calibrate_attention` raise; `model` is unchanged after any of them.
     """
     if not isinstance(recipe, Recipe):
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
+    check_max_memory(max_memory)
+    folder = _state_folder(state)
     batches = check_calibration(calibration)
     check_data(recipe, batches)
     batches = _for_all_passes(recipe, batches)
-    folder = _state_folder(state)
     later = inplace and bool(recipe.weights) and recipe.attention is not None
     pruned = prune_weights(
         model,
@@ -84,6 +85,8 @@ def sparsify(
 
 
 def _state_folder(state: str | Path | None) -> Path | None:
+    if not isinstance(state, str | Path | None):
+        raise UnknownOption(option="state", value=state, known="None, or the path of a folder")
     folder = None if state is None else Path(state)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ForeignCalibration(path=folder, rule="it is a file, and `state` is a folder")
@@ -107,20 +110,6 @@ def decide(
     batches = _for_all_passes(recipe, batches)
     pruned = prune_weights(model, recipe, batches) if recipe.weights else model
     return pruned, calibrated(pruned, recipe, batches, tile)
-
-
-def check_calibration(calibration: Iterable[object] | None) -> Iterable[object] | None:
-    """The batches, of which none is lost if they come once only. Raises EmptyCalibration."""
-    if calibration is None:
-        return None
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        known = "an iterable of batches, such as a list of tensors, tuples or dicts"
-        raise UnknownOption(option="calibration", value=type(calibration).__name__, known=known)
-    rest = iter(calibration)
-    first = list(itertools.islice(rest, 1))
-    if not first:
-        raise EmptyCalibration()
-    return itertools.chain(first, rest) if rest is calibration else calibration
 
 
 def check_data(recipe: Recipe, batches: Iterable[object] | None) -> None:

@@ -1,7 +1,7 @@
 """Where a graph uses the weights that are asked for, and how the input is read there as rows."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -11,17 +11,17 @@ from sparsefx.rewrite import arguments
 
 aten = torch.ops.aten
 
-# operator -> (position of the input, of the weight)
+# operator -> (position of the input, of the weight; which axis of the weight the input meets)
 _LINEARS = {
-    aten.linear.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.matmul.default: (0, 1),
-    aten.mm.default: (0, 1),
+    aten.linear.default: (0, 1, 1),
+    aten.addmm.default: (1, 2, 0),
+    aten.matmul.default: (0, 1, 0),
+    aten.mm.default: (0, 1, 0),
 }
 _CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})
+_REVERSED = frozenset({aten.t.default, aten.numpy_T.default})
 _SAME_WEIGHT = frozenset(
     {
-        *(aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default),
         *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default),
         *(aten.detach.default, aten.contiguous.default),
     }
@@ -29,6 +29,9 @@ _SAME_WEIGHT = frozenset(
 _SAME_ROWS = frozenset({aten.to.dtype, aten.to.dtype_layout})
 _PRODUCTS_OF_EXPERTS = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 
+
+# Encoder-decoders shift labels to the right where no tokens are given.
+_DECODED = frozenset({"decoder_input_ids", "decoder_inputs_embeds", "labels"})
 
 Sources = tuple[fx.Node, ...]
 """The nodes whose values `Rows` take, the input first."""
@@ -44,22 +47,60 @@ class Use:
     rows: Rows
 
 
+def mark_input_axes(gm: fx.GraphModule, axes: Mapping[str, int]) -> None:
+    """Notes at the nodes of the weights in `axes` which dimension of each, as stored, is the input.
+
+    The other way round a matrix is not the layer that was asked for: a decoder that is tied to an
+    encoder reads its weight transposed.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if str(node.target) in axes:
+            node.meta[_INPUT_AXIS] = axes[str(node.target)]
+
+
 def layer_uses(gm: fx.GraphModule, asked: Mapping[str, str]) -> list[Use]:
-    """Every use as a layer of the weights in `asked` (any of its names -> name), in graph order."""
+    """Every use as a layer of the weights in `asked` (any of its names -> name), in graph order.
+
+    The input of a weight that nothing is noted at is its last dimension.
+    """
     found = []
     for weight in gm.graph.find_nodes(op="get_attr"):
         if (parameter := asked.get(str(weight.target))) is not None:
-            found += list(_uses(parameter, weight, weight))
+            found += list(_uses(parameter, weight, weight, tuple(range(weight.meta["val"].dim()))))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    return sorted(found, key=lambda use: order[use.node])
+    decoded = _decoded(gm.graph)
+    placed = (_in_decoder(use) if use.sources[0] in decoded else use for use in found)
+    return sorted(placed, key=lambda use: order[use.node])
 
 
-def _uses(parameter: str, weight: fx.Node, form: fx.Node) -> Iterator[Use]:
-    is_stack = weight.meta["val"].dim() == len(("experts", "out", "in"))
+def _decoded(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the tokens that a decoder behind an encoder is given."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_given = node.op == "placeholder" and node.name in _DECODED
+        if is_given or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _in_decoder(use: Use) -> Use:
+    if isinstance(use.rows, PatchRows):
+        return use
+    return replace(use, rows=replace(use.rows, in_decoder=True))
+
+
+_INPUT_AXIS = "sparsefx_input_axis"
+
+
+def _uses(parameter: str, weight: fx.Node, form: fx.Node, axes: tuple[int, ...]) -> Iterator[Use]:
+    """axes: of the weight, in the order in which `form` has them."""
+    given = weight.meta.get(_INPUT_AXIS, len(axes) - 1)
     for user in form.users:
-        if user.target in _LINEARS and not is_stack:
-            source, place = (arguments(user)[position] for position in _LINEARS[user.target])
-            if place is form and isinstance(source, fx.Node) and source is not form:
+        if user.target in _LINEARS:
+            first, second, meets = _LINEARS[user.target]
+            source, place = arguments(user)[first], arguments(user)[second]
+            is_layer = place is form and len(axes) == len(("out", "in")) and axes[meets] == given
+            if is_layer and isinstance(source, fx.Node) and source is not form:
                 yield Use(parameter, user, (source,), LinearRows())
         elif user.target in _CONVOLUTIONS and arguments(user)[1] is weight:
             source = arguments(user)[0]
@@ -67,10 +108,29 @@ def _uses(parameter: str, weight: fx.Node, form: fx.Node) -> Iterator[Use]:
             yield Use(parameter, user, (source,), _patches(user, weight))
         elif (product := _product_of_experts(user)) is not None:
             x, stack, ends = product
-            if stack is form:
+            if stack is form and axes[:2] == (0, given):
                 yield _use_of_experts(parameter, user, x, ends)
-        elif user.target in _SAME_WEIGHT:
-            yield from _uses(parameter, weight, user)
+        elif (moved := _moved(user, axes)) is not None:
+            yield from _uses(parameter, weight, user, moved)
+
+
+def _moved(node: fx.Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of what a node makes of a weight with these; None where it makes something else."""
+    if node.target in _SAME_WEIGHT:
+        return axes
+    if node.target in _REVERSED:
+        return axes[::-1]
+    if node.target is aten.permute.default:
+        _, order = arguments(node)
+        assert isinstance(order, list | tuple)
+        return tuple(axes[place] for place in order if isinstance(place, int))
+    if node.target is aten.transpose.int:
+        _, first, second = arguments(node)
+        assert isinstance(first, int) and isinstance(second, int)
+        swapped = list(axes)
+        swapped[first], swapped[second] = axes[second], axes[first]
+        return tuple(swapped)
+    return None
 
 
 def _product_of_experts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

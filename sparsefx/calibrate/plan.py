@@ -1,19 +1,22 @@
 """Calibration batches read once, each distinct input signature captured, and cut into one plan."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from sparsefx.attributes import get_tensor, is_graph
 from sparsefx.calibrate.blocks import repeated_blocks
+from sparsefx.calibrate.digest import content
 from sparsefx.calibrate.given import Given, arguments_of, captured
 from sparsefx.calibrate.inputs import Use, layer_uses
 from sparsefx.calibrate.program import Program
 from sparsefx.calibrate.rows import Tokens
 from sparsefx.calibrate.segments import cuts, name_of
 from sparsefx.calibrate.spill import Shelf
+from sparsefx.calibrate.statistics import FOR_REPORTS
 from sparsefx.errors import EmptyCalibration, UnobservedLayer
 from sparsefx.graph import clone_inputs
 from sparsefx.prune.weights import PrunableWeight
@@ -33,7 +36,7 @@ class Plan:
     """Segments that every batch goes through, one after the other.
 
     names, layers: of each segment; a segment without layers only has to be run. digest: of the
-    batches.
+    batches, and of what is done with them: the graphs and their constants.
     """
 
     programs: list[Program]
@@ -79,6 +82,8 @@ class Reader:
             given = arguments_of(batch)
             if given.signature not in self._graphs:
                 self._graphs[given.signature] = self._graph(given, number)
+                for line in self._meaning(self._graphs[given.signature].gm):
+                    digest.update(line.encode())
             graph = self._graphs[given.signature]
             inputs = [given.leaves[place] for place in graph.live]
             # A generator may fill the same tensor again for its next batch.
@@ -98,6 +103,17 @@ class Reader:
         program = Program(gm, uses, [0], self._observed)
         live = [program.inputs.index(node) for node in program.live[0]]
         return _Graph(gm, uses, given.leaves, live)
+
+    def _meaning(self, gm: fx.GraphModule) -> Iterator[str]:
+        """What identifies a graph, but for the values of the model's parameters and buffers."""
+        tables = (self._model.named_parameters, self._model.named_buffers)
+        own = {name for table in tables for name, _ in table(remove_duplicate=False)}
+        for path, body in gm.named_modules():  # branches are graphs of their own
+            if isinstance(body, fx.GraphModule):
+                yield f"{path} {body.graph.python_code('self').src}"
+        for name in {str(node.target): None for node in gm.graph.find_nodes(op="get_attr")}:
+            if name not in own and not is_graph(gm, name):
+                yield f"{name} {content(get_tensor(gm, name))}"
 
     def _plan(self, batches: list[Batch], digest: str) -> Plan:
         graphs = list(self._graphs.values())
@@ -123,7 +139,7 @@ class Reader:
             for segment in zip(*graphs, strict=True)
         ]
         missing = [name for name in self._needs if not any(name in each for each in layers)]
-        unknown = [name for name in missing if name in self._observed]
+        unknown = [name for name in missing if self._needs[name] - FOR_REPORTS]
         if unknown:
             raise UnobservedLayer(names=", ".join(unknown[:5]) + (", ..." if unknown[5:] else ""))
         layers[-1] += missing
@@ -131,16 +147,21 @@ class Reader:
 
 
 def tokens_of(gm: fx.GraphModule, leaves: Sequence[object]) -> Tokens:
-    """Of a mask [batch, length] that is an input named attention_mask; samples: of the first
-    tensor."""
+    """Of masks [batch, length] that are inputs named attention_mask and decoder_attention_mask;
+    samples: of the first of them, else of the first tensor."""
     inputs = gm.graph.find_nodes(op="placeholder")
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     samples = tensors[0].shape[0] if tensors else 1
+    masks: dict[str, Tensor | None] = {}
     for node, leaf in zip(inputs, leaves, strict=True):
-        if node.name == "attention_mask" and isinstance(leaf, Tensor) and leaf.dim() == 2:
+        if node.name in _MASKS and isinstance(leaf, Tensor) and leaf.dim() == 2:
+            samples = leaf.shape[0] if not masks else samples
             counted = leaf > 0
-            return Tokens(leaf.shape[0], None if bool(counted.all()) else counted)
-    return Tokens(samples)
+            masks[node.name] = None if bool(counted.all()) else counted
+    return Tokens(samples, *(masks.get(name) for name in _MASKS))
+
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def _content(leaf: object) -> bytes:

@@ -1,22 +1,26 @@
 """What was decided about each block, a file a block, so that a run that was stopped can go on.
 
 `block-00003.safetensors` holds the new weights of block 3 by parameter name and, as JSON in its
-metadata, the digest of all that they depend on, the block's name, and its facts.
+metadata, the digest of all that they depend on, the block's name, its facts, and a checksum of all
+of this.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparsefx.calibrate.digest import content
 from sparsefx.errors import ForeignCalibration
 from sparsefx.files import write_atomically
 
-FORMAT = "sparsefx block calibration 1"
+FORMAT = "sparsefx block calibration 2"
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,11 @@ class Store:
 
     def add(self, block: str, weights: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
         """Writes the next block, whole or not at all. Raises OSError."""
-        fields = {"format": FORMAT, "digest": self._digest, "block": block, "facts": facts}
+        fields: _Fields = {"format": FORMAT, "digest": self._digest, "block": block, "facts": facts}
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        content = save(tensors, {"sparsefx": json.dumps(fields)})
-        write_atomically(self._path(len(self.records)), content)
+        fields["checksum"] = _checksum(fields, tensors.items())
+        whole = save(tensors, {"sparsefx": json.dumps(fields)})
+        write_atomically(self._path(len(self.records)), whole)
         self.records.append(Record(block, tuple(weights), facts))
 
     def weight(self, name: str) -> Tensor | None:
@@ -69,15 +74,45 @@ class Store:
         return self._folder / f"block-{number:05}.safetensors"
 
     def _open(self, path: Path) -> Record:
-        try:
-            with safe_open(path, "pt") as file:
-                fields = json.loads((file.metadata() or {}).get("sparsefx", "{}"))
-                names = tuple(file.keys())
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise ForeignCalibration(path=path, rule=f"it cannot be read ({error})") from error
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        fields, names, checksum = _read(path)
+        if fields.get("format") != FORMAT:
             raise ForeignCalibration(path=path, rule="it holds no block of a calibration")
-        if fields.get("digest") != self._digest:
+        if fields.get("checksum") != checksum:
+            raise ForeignCalibration(path=path, rule="it is damaged: its checksum is another")
+        if fields["digest"] != self._digest:
             rule = "it was begun with another model, recipe or list of batches"
             raise ForeignCalibration(path=path, rule=rule)
         return Record(fields["block"], names, fields["facts"])
+
+
+class _Fields(TypedDict, total=False):
+    """What a file says besides its tensors."""
+
+    format: str
+    digest: str
+    block: str
+    facts: Mapping[str, object]
+    checksum: str
+
+
+def _read(path: Path) -> tuple[_Fields, tuple[str, ...], str]:
+    """What a file says, the names of its tensors, and the checksum that it should have."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("sparsefx", "{}"))
+            fields = cast(_Fields, found if isinstance(found, dict) else {})
+            names = tuple(file.keys())
+            return (
+                fields,
+                names,
+                _checksum(fields, ((each, file.get_tensor(each)) for each in names)),
+            )
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ForeignCalibration(path=path, rule=f"it cannot be read ({error})") from error
+
+
+def _checksum(fields: _Fields, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of all the fields but itself, and of the tensors."""
+    rest = {key: value for key, value in fields.items() if key != "checksum"}
+    contents = sorted((name, content(each)) for name, each in tensors)
+    return hashlib.sha256(json.dumps([rest, contents]).encode()).hexdigest()

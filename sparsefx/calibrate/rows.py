@@ -18,22 +18,28 @@ class Tokens:
     """What the inputs of a batch say about its rows.
 
     samples: how many sequences or images; counted: bool [batch, length], False for padding, None
-    where every row counts.
+    where every row counts; decoded: the same of the tokens that a decoder behind an encoder reads.
     """
 
     samples: int
     counted: Tensor | None = None
+    decoded: Tensor | None = None
 
-    def of(self, x: Tensor) -> Tensor:
+    def counting(self, in_decoder: bool) -> Tensor | None:
+        """Which tokens count, there or elsewhere."""
+        return self.decoded if in_decoder else self.counted
+
+    def of(self, x: Tensor, in_decoder: bool = False) -> Tensor:
         """x [..., features] as rows [n, features], without those of padding tokens."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.counted is None:
+        counted = self.counting(in_decoder)
+        if counted is None:
             return rows
-        if x.shape[:-1] == self.counted.shape:
-            return rows[self.counted.flatten()]
+        if x.shape[:-1] == counted.shape:
+            return rows[counted.flatten()]
         # Some models (GPT-2) flatten [batch, length, features] before a linear.
-        is_flat = x.dim() == 2 and x.shape[0] == self.counted.numel()
-        return rows[self.counted.flatten()] if is_flat else rows
+        is_flat = x.dim() == 2 and x.shape[0] == counted.numel()
+        return rows[counted.flatten()] if is_flat else rows
 
 
 Parts = Iterator[tuple[int, Tensor, int]]
@@ -42,21 +48,25 @@ Parts = Iterator[tuple[int, Tensor, int]]
 
 @dataclass(frozen=True)
 class LinearRows:
-    """The last axis of the input, as it is."""
+    """The last axis of the input, as it is. in_decoder: whose tokens the rows are."""
+
+    in_decoder: bool = False
 
     def __call__(self, tokens: Tokens, x: Tensor) -> Parts:
         """All rows at once."""
-        yield 0, tokens.of(x), tokens.samples
+        yield 0, tokens.of(x, self.in_decoder), tokens.samples
 
 
 @dataclass(frozen=True)
 class ExpertRows:
     """The rows of a product of experts, which are sorted by expert.
 
-    tokens: from how many the rows were gathered, 0 where that is not known and padding counts.
+    tokens: from how many the rows were gathered, 0 where that is not known and padding counts;
+    in_decoder: whose they are.
     """
 
     tokens: int = 0
+    in_decoder: bool = False
 
     def __call__(
         self, tokens: Tokens, x: Tensor, ends: Tensor, places: Tensor | None = None
@@ -66,7 +76,7 @@ class ExpertRows:
         x: [rows, in]; ends: behind the last row of each expert, [experts]; places: [rows], of which
         token each row is.
         """
-        counted = tokens.counted
+        counted = tokens.counting(self.in_decoder)
         if counted is not None:
             is_known = places is not None and counted.numel() == self.tokens
             counted = counted.flatten()[places] if is_known else None

@@ -122,14 +122,16 @@ def run_blocks(
 
     model: run in eval mode and without gradients; not changed. batches: a Tensor, a tuple or list
     of positional, or a mapping of keyword arguments each, on the model's device; read once.
-    Where they have an `attention_mask` [batch, length], tokens at 0 do not count. needs: which
+    Where they have an `attention_mask` [batch, length], tokens at 0 do not count; those of a
+    decoder behind an encoder have its `decoder_attention_mask`. needs: which
     STATISTICS each weight's input is to have, by the names of `prunable_weights`; weights with
     none are visited too. visit: gets each block that has such weights. max_memory: bytes of
     activations that stay in memory between blocks; the others lie in temporary files. state: a
     folder that keeps what was decided about each block; a run with the same `digest` (of all that
     decides about the weights but the batches), weights' names and batches goes on from there, to
-    the same weights bit for bit. In distributed runs each process brings batches of its own, the
-    statistics are of all of them, and the first process's decisions hold and are kept in `state`.
+    the same weights bit for bit. In distributed runs each process brings batches of its own and the
+    same `digest`, the statistics are of all batches, and the first process's decisions hold and are
+    kept in `state`.
 
     Raises EmptyCalibration, NotCapturable, UnobservedLayer (statistics were asked of a layer that
     no batch runs), NonFiniteActivation, ForeignCalibration, ShapeMismatch (of a new weight),
@@ -147,7 +149,8 @@ def run_blocks(
             with together.all_or_none("reading its batches"):
                 plan = Reader(model, asked, needs).read(batches, shelf)
             layers = [[name, sorted(needs[name])] for each in plan.layers for name in each]
-            together.check_equal({"blocks": plan.names, "layers": layers})
+            decides = {"model, patterns or options": digest}
+            together.check_equal({"blocks": plan.names, "layers": layers} | decides)
             with together.all_or_none("opening its state"):
                 whole = json.dumps([digest, plan.digest, plan.names, layers])
                 if state is None or not together.is_first():
@@ -188,7 +191,8 @@ class _Run:
                     outputs = self._visit(segment, number, len(blocks), visit, keeps)
                     keeps = not self._store.records[-1].names
                     bar.update()
-                self._go_on(segment, outputs)
+                with together.all_or_none(f"running {self._plan.names[segment]}"):
+                    self._go_on(segment, outputs)
 
     def _visit(
         self, segment: int, number: int, count: int, visit: Visit, keeps: bool
@@ -294,11 +298,13 @@ class _Run:
         """Hands a block that is done to the processes that do not have the state folder."""
         if not together.several():
             return
-        visited = Visited()
-        if together.is_first():
-            record = self._store.records[number]
-            found = {name: self._store.weight(name) for name in record.names}
-            visited = Visited({k: v for k, v in found.items() if v is not None}, record.facts)
+        name, visited = self._plan.names[segment], Visited()
+        with together.all_or_none(f"reading {name}"):
+            if together.is_first():
+                record = self._store.records[number]
+                found = {each: self._store.weight(each) for each in record.names}
+                visited = Visited({k: v for k, v in found.items() if v is not None}, record.facts)
         visited = self._shared(visited)
-        if not together.is_first():
-            self._store.add(self._plan.names[segment], visited.weights, visited.facts)
+        with together.all_or_none(f"writing {name}"):
+            if not together.is_first():
+                self._store.add(name, visited.weights, visited.facts)

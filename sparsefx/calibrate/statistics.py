@@ -200,3 +200,6 @@ STATISTICS: dict[str, type[Statistic]] = {
     "histogram": AbsHistogram,
 }
 """What a criterion may ask for in `needs`, by name."""
+
+FOR_REPORTS = frozenset({"sketch"})
+"""What nothing is decided from: a weight that no batch runs does without."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from sparsefx.calibrate.sequential import Block, Observed, Visited
 from sparsefx.calibrate.statistics import Gram, Sketch, SquareSum, Statistic
 from sparsefx.criteria import Magnitude, Random
-from sparsefx.errors import NonFiniteStatistics, SingularHessian
+from sparsefx.errors import NonFiniteStatistics, SingularHessian, UnseenLayer
 from sparsefx.prune.allocation.costs import cost
-from sparsefx.prune.layer_of import layer_of
+from sparsefx.prune.layer_of import blocks_of, layer_of
 from sparsefx.prune.output import energies, relative
 from sparsefx.prune.report.layers import PrunedLayer, heat_of
 from sparsefx.prune.solve import Solved, solve
@@ -74,12 +74,17 @@ def tried(layer: Observed, pattern: Pattern) -> tuple[Solved, float | None]:
     Parts with inputs of their own are solved one by one, each as a weight of its own. Raises what
     `solve` does, naming the layer.
     """
+    unseen = [_is_unseen(each) for each in layer.statistics]
+    if pattern.criterion.needs and all(unseen):
+        raise UnseenLayer(name=layer.weight.name)
     dense = layer.weight.matrix()
     parts = dense.chunk(layer.weight.parts)
     if pattern.criterion.needs or layer.weight.is_stack:
         solved = _joined([_solved(layer, pattern, *part) for part in enumerate(parts)])
     else:  # data-free, the filters of all groups of a convolution are compared
         solved = solve(dense, _own(pattern, layer.weight.name), {})
+    if all(unseen):
+        return solved, None
     found = []
     pruned = solved.weight.chunk(len(parts))
     for each, own, statistics in zip(parts, pruned, layer.statistics, strict=True):
@@ -93,18 +98,20 @@ def tried(layer: Observed, pattern: Pattern) -> tuple[Solved, float | None]:
 def _solved(layer: Observed, pattern: Pattern, part: int, dense: Tensor) -> Solved:
     """One part; by magnitude where no input was seen, as of an expert that no token went to."""
     name = layer.weight.name + (f", expert {part}" if layer.weight.is_stack else "")
-    if _is_unseen(layer.statistics[part]):
+    if pattern.criterion.needs and _is_unseen(layer.statistics[part]):
         pattern = replace(pattern, criterion=Magnitude())
     try:
         return solve(dense, _own(pattern, name), layer.statistics[part])
     except (SingularHessian, NonFiniteStatistics) as bad:
-        bad.add_note(f"the layer is {name}")
-        raise
+        raise type(bad)(**bad.fields | {"name": name}) from bad
 
 
 def _is_unseen(statistics: Mapping[str, Statistic]) -> bool:
-    counted = (each for each in statistics.values() if isinstance(each, SquareSum | Gram))
-    return any(int(each.count[0]) == 0 for each in counted)
+    counted = [each for each in statistics.values() if isinstance(each, SquareSum | Gram)]
+    sketches = [each for each in statistics.values() if isinstance(each, Sketch)]
+    if counted:
+        return any(int(each.count[0]) == 0 for each in counted)
+    return bool(sketches) and not any(each.sums.any() for each in sketches)
 
 
 def _own(pattern: Pattern, name: str) -> Pattern:
@@ -134,7 +141,7 @@ def record_of(layer: Observed, pattern: Pattern, block: str) -> tuple[Solved, Pr
         pattern=str(pattern),
         criterion=type(pattern.criterion).__name__,
         asked=pattern.sparsity,
-        reached=1 - float(solved.keep.float().mean()),
+        reached=float((solved.weight == 0).float().mean()),
         error=error,
         seconds=time.perf_counter() - started,
         dense_bytes=cost(None, costed, "bytes"),
@@ -142,13 +149,43 @@ def record_of(layer: Observed, pattern: Pattern, block: str) -> tuple[Solved, Pr
         dense_us=None,
         sparse_us=None,
         heat=heat_of(solved.keep),
-        note=_note(layer),
+        note=_note(layer, pattern),
     )
 
 
-def _note(layer: Observed) -> str:
+def dense_records(weights: Mapping[str, PrunableWeight]) -> dict[str, PrunedLayer]:
+    """The lines of weights that an allocation leaves as they are."""
+    blocks = blocks_of(weights)
+    return {name: _dense_record(weight, blocks[name]) for name, weight in weights.items()}
+
+
+def _dense_record(weight: PrunableWeight, block: str) -> PrunedLayer:
+    matrix = weight.matrix()
+    size = cost(None, layer_of(weight, block), "bytes")
+    return PrunedLayer(
+        name=weight.name,
+        block=block,
+        shape=(matrix.shape[0], matrix.shape[1]),
+        pattern="dense",
+        criterion="-",
+        asked=0.0,
+        reached=float((matrix == 0).float().mean()),
+        error=0.0,
+        seconds=0.0,
+        dense_bytes=size,
+        stored_bytes=size,
+        dense_us=None,
+        sparse_us=None,
+        heat=heat_of(torch.ones_like(matrix, dtype=torch.bool)),
+        note="the allocation leaves it dense",
+    )
+
+
+def _note(layer: Observed, pattern: Pattern) -> str:
     unseen = sum(_is_unseen(each) for each in layer.statistics)
     if not unseen:
         return ""
-    who = f"{unseen} of {layer.weight.parts} experts" if layer.weight.is_stack else "it"
-    return f"{who} saw no input and went by magnitude"
+    if not layer.weight.is_stack:
+        return "it saw no input, so that its error is not known"
+    how = " and went by magnitude" if pattern.criterion.needs else ""
+    return f"{unseen} of {layer.weight.parts} experts saw no input{how}"

@@ -7,6 +7,7 @@ independent, an error d of the outputs raises the loss by 1/2 sum E[g^2] d^2. Ki
 (GuidedQuant, arXiv 2505.07004) weigh the errors of quantised layers by the same gradients.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
@@ -20,11 +21,17 @@ from sparsefx.calibrate.plan import tokens_of
 from sparsefx.calibrate.rows import PatchRows, Tokens
 from sparsefx.calibrate.statistics import SquareSum
 from sparsefx.entry import inferring
-from sparsefx.errors import EmptyCalibration, NonFiniteStatistics
-from sparsefx.prune.language_loss import loss_of
+from sparsefx.errors import EmptyCalibration, NoGradient, NonFiniteStatistics
+from sparsefx.graph import clone_inputs
+from sparsefx.prune.language_loss import by_name, loss_of
 from sparsefx.prune.weights import PrunableWeight
 
+_NAMED = 5  # layers that a warning names
 BATCHES = 8  # means over thousands of tokens: more of them change little
+
+
+class LossIgnoresLayers(UserWarning):
+    """Layers on whose outputs the loss does not depend, or not smoothly."""
 
 
 def squared_gradients(
@@ -39,32 +46,61 @@ def squared_gradients(
     activations only, so memory is the activations of one batch. Padding does not count. The model
     is not changed. In distributed runs the means are over all processes.
 
-    Raises EmptyCalibration, NotCapturable, NonFiniteStatistics.
+    Warns of layers with no gradient (LossIgnoresLayers). Raises EmptyCalibration, NotCapturable,
+    NoGradient, NonFiniteStatistics.
     """
+    # Tensors made in inference mode could not be written to behind it, nor differentiated.
+    with torch.inference_mode(False), inferring(model):
+        with together.all_or_none("finding its gradients"):
+            found = _summed(model, batches, weights)
+        sums = (part for parts in found.values() for part in parts)
+        together.add_up(tensor for each in sums for tensor in each.tensors.values())
+        means = {name: _mean(name, each) for name, each in found.items()}
+    _warn_of_flat([name for name, mean in means.items() if not mean.any()])
+    return means
+
+
+def _summed(
+    model: nn.Module, batches: Iterable[object], weights: Mapping[str, PrunableWeight]
+) -> dict[str, list[SquareSum]]:
+    """Squares over the first batches, of each weight for each of its parts."""
     names = {alias: name for name, each in weights.items() for alias in each.names}
     found = {
         name: [SquareSum(each.fit_shape[0], each.parameter.device) for _ in range(each.parts)]
         for name, each in weights.items()
     }
     graphs: dict[str, tuple[fx.GraphModule, list[Use]]] = {}
-    with inferring(model), together.all_or_none("finding its gradients"):
-        number = -1
-        for number, batch in enumerate(islice(batches, BATCHES)):
-            given = arguments_of(batch)
-            if given.signature not in graphs:
-                gm = captured(model, given, number, _loss_or_outputs)
-                graphs[given.signature] = gm, layer_uses(gm, names)
-            _add(*graphs[given.signature], given, found, number)
-        if number < 0:
-            raise EmptyCalibration
-    sums = (part for parts in found.values() for part in parts)
-    together.add_up(tensor for each in sums for tensor in each.tensors.values())
-    return {name: _mean(name, each) for name, each in found.items()}
+    number = -1
+    for number, batch in enumerate(islice(batches, BATCHES)):
+        given = arguments_of(by_name(model, batch))
+        if given.signature not in graphs:
+            gm = captured(model, given, number, _loss_or_outputs)
+            graphs[given.signature] = gm, layer_uses(gm, names)
+        _add(*graphs[given.signature], given, found, number)
+    if number < 0:
+        raise EmptyCalibration
+    return found
+
+
+def _warn_of_flat(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"the loss has no gradient at the outputs of {', '.join(names[:_NAMED])}{more}: a "
+            "knapsack takes it that they may be pruned at no cost; exclude them, or pass "
+            'Knapsack(objective="error")',
+            LossIgnoresLayers,
+            stacklevel=2,
+        )
 
 
 def _loss_or_outputs(output: object, inputs: Mapping[str, object]) -> object:
     loss = loss_of(output, inputs, "sum")
-    return output if loss is None else loss
+    if loss is not None:
+        return loss
+    if isinstance(output, Mapping):  # a cache is no result
+        return {key: value for key, value in output.items() if key != "past_key_values"}
+    return output
 
 
 def _add(
@@ -76,13 +112,18 @@ def _add(
 ) -> None:
     watched = _Watched(gm, uses, tokens_of(gm, given.leaves), found)
     with torch.enable_grad():
-        outputs = [each for each in tensors_in(watched.run(*given.leaves)) if each.requires_grad]
+        results = tensors_in(watched.run(*clone_inputs(given.leaves)))
+        outputs = [each for each in results if each.requires_grad]
         random = torch.Generator().manual_seed(number)
         signs = [
             torch.ones_like(each) if each.dim() == 0 else _signs(each, random) for each in outputs
         ]
-        if outputs:
+        if not outputs:
+            raise NoGradient(rule="no output of the model depends on them smoothly")
+        try:
             torch.autograd.backward(outputs, signs, inputs=watched.leaves)
+        except RuntimeError as error:  # of an operator that cannot be differentiated
+            raise NoGradient(rule=(str(error).strip() or repr(error)).splitlines()[0]) from error
 
 
 def _signs(like: Tensor, random: torch.Generator) -> Tensor:
@@ -144,7 +185,5 @@ def _mean(name: str, parts: Sequence[SquareSum]) -> Tensor:
     # Without rows: the loss ignores it, or no token went to the expert.
     mean = torch.cat([each.squares / each.count[0].clamp(min=1) for each in parts])
     if not mean.isfinite().all():
-        error = NonFiniteStatistics(statistic="gradients")
-        error.add_note(f"the layer is {name}")
-        raise error
+        raise NonFiniteStatistics(statistic="gradients", name=name)
     return mean

@@ -2,18 +2,22 @@
 
 An order is shared by a weight's siblings and undone by its producers (prune.permute). Scores are
 those of the criterion where it has none but sums of rows: |W| without data, |W| * ||X|| with data.
+The function stays on calls of the kinds that the calibration batches show, no others: a call that
+takes another branch, and reads the same producers there, is not known to the captured graphs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from sparsefx.calibrate import together
 from sparsefx.calibrate.given import arguments_of, captured
 from sparsefx.calibrate.sequential import Block, Visited
 from sparsefx.entry import inferring
 from sparsefx.patterns import NM, Pattern
 from sparsefx.prune.measure import Data, facts_of_blocks
+from sparsefx.prune.permute.agree import agreed
 from sparsefx.prune.permute.apply import best_order, permute
 from sparsefx.prune.permute.coupling import Coupling, find_couplings
 from sparsefx.prune.wanda import wanda_scores
@@ -29,20 +33,34 @@ def reorder(
 ) -> dict[str, str]:
     """Permutes channels of `data.model` in place, for the weights whose pattern is N:M.
 
-    Returns the name of each such weight with what became of it, in words: reordered, or why its
-    channels keep their order. Raises NotCapturable and what the passes over the data raise; the
-    model is unchanged after any of them.
+    The order is found from the graphs of all kinds of batches, joined where they read the same
+    weights; of several processes, where all have found the same coupling. Returns the name of each
+    such weight with what became of it, in words: reordered, or why its channels keep their order;
+    one that no batch reads keeps it, though a call that reads it may hang it on a producer that was
+    reordered. Raises NotCapturable, PeerFailed and what the passes over the data raise; the model
+    is unchanged after any of them.
     """
     assert data.batches is not None  # `permute` has asked for them
-    batch = next(iter(data.batches))
-    with inferring(data.model):
-        couplings = find_couplings(captured(data.model, arguments_of(batch)), data.model)
+    with together.all_or_none("capturing the model's graphs"):
+        couplings = find_couplings(_graphs(data.model, data.batches), data.model)
+    couplings = agreed(couplings)
     asked = {name: each for name, each in chosen.items() if isinstance(each, NM)}
     scores = _scores(data, weights, asked)
     reasons = {name: str(why.reason) for name, why in couplings.declined.items() if name in asked}
     for coupling in couplings.found:
         reasons |= _reorder(data.model, coupling, scores, asked)
     return reasons
+
+
+def _graphs(model: nn.Module, batches: Iterable[object]) -> list[fx.GraphModule]:
+    """The model's graph for each kind of batch, the first of which it is captured with."""
+    found: dict[str, fx.GraphModule] = {}
+    with inferring(model):
+        for number, batch in enumerate(batches):
+            given = arguments_of(batch)
+            if given.signature not in found:
+                found[given.signature] = captured(model, given, number)
+    return list(found.values())
 
 
 def _reorder(

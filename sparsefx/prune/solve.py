@@ -109,5 +109,5 @@ def _moments(statistics: Statistics, criterion: object) -> Moments:
 
 def _finite(values: Tensor, statistic: str) -> Tensor:
     if not values.isfinite().all():
-        raise NonFiniteStatistics(statistic=statistic)
+        raise NonFiniteStatistics(statistic=statistic, name="a layer")
     return values

@@ -87,7 +87,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
                 factor = _inverse(lower.flip(0, 1)).float()
                 if factor.isfinite().all():
                     return factor
-    raise SingularHessian(damp=damp * 10 ** (_ATTEMPTS - 1))
+    raise SingularHessian(name="a layer", damp=damp * 10 ** (_ATTEMPTS - 1))
 
 
 def _inverse(upper: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from sparsefx.calibrate.digest import digest
 from sparsefx.calibrate.sequential import Observed, run_blocks
 from sparsefx.calibrate.statistics import Statistic
 from sparsefx.formats import pack_bits, unpack_bits
-from sparsefx.prune.decide import Decision, needs_of, record_from, record_of
+from sparsefx.prune.decide import Decision, dense_records, needs_of, record_from, record_of
 from sparsefx.prune.measure import Data
 from sparsefx.prune.reorder import reorder
 from sparsefx.prune.report.layers import PrunedLayer
@@ -56,12 +56,14 @@ def prune_weights(
     for name, pattern in chosen.items():
         check_pattern(weights[name], pattern)
     data = Data(model, batches, progress, max_memory, debug.settings().cache)
+    stay: dict[str, PrunableWeight] = {}
     if recipe.allocation is not None:
 
         def build(patterns: Mapping[str, Pattern]) -> nn.Module:
             return prune_to(model, patterns, batches, progress=progress, max_memory=max_memory)
 
-        chosen = spread(data, weights, chosen, recipe.allocation, build)
+        asked, chosen = chosen, spread(data, weights, chosen, recipe.allocation, build)
+        stay = {name: weights[name] for name in asked if name not in chosen}
     target = copy.deepcopy(model) if recipe.permute else model  # what follows may fail
     notes = _reordered(target, data, chosen) if recipe.permute else {}
     pruned = prune_to(
@@ -79,7 +81,7 @@ def prune_weights(
         name: replace(lines[name], note="; ".join(filter(None, (lines[name].note, note))))
         for name, note in notes.items()
     }
-    annotate_pruning(pruned, noted)
+    annotate_pruning(pruned, noted | dense_records(stay))
     if recipe.permute and inplace:
         take_over(model, pruned)
         return model

@@ -20,7 +20,7 @@ from sparsefx.allocations import (
     Within,
     ZerothOrder,
 )
-from sparsefx.errors import InvalidAllocation, InvalidRecipe
+from sparsefx.errors import InvalidAllocation, InvalidRecipe, UnknownOption
 from sparsefx.patterns import Pattern
 from sparsefx.toml.pattern import parse_pattern, pattern_entry
 from sparsefx.toml.values import invalid
@@ -69,6 +69,8 @@ def parse_allocation(path: str | Path, given: object) -> Allocation:
         return kind(**options)
     except InvalidAllocation as error:
         raise invalid(path, f"[allocation] {error.fields['rule']}") from error
+    except UnknownOption as error:
+        raise invalid(path, f"[allocation] {error}") from error
 
 
 def _choices(path: str | Path, given: object) -> tuple[Pattern | None, ...]:

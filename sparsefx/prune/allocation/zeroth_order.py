@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.allocations import ZerothOrder
+from sparsefx.calibrate import together
 from sparsefx.errors import EmptyCalibration, NonFiniteLoss
 
 Loss = Callable[[int], float]
@@ -34,19 +35,32 @@ def zeroth_order_scores(
     bit for bit, after an exception too; memory beyond the model is two copies of one tensor. Draw
     i runs batch i mod `batches`. The noise of a tensor depends on options.seed, its name and the
     draw, not on the other tensors nor on torch's global generator. done: told each name when its
-    score is known.
+    losses are known.
 
-    Raises EmptyCalibration without batches and NonFiniteLoss.
+    Under torch.distributed each process runs batches of its own, and G is the mean over all: every
+    process has the same scores. Raises EmptyCalibration without batches, NonFiniteLoss, and
+    PeerFailed.
     """
-    if batches < 1:
-        raise EmptyCalibration()
-    scores = {}
-    for name, parameter in parameters.items():
-        moved = _sensitivity(name, parameter, loss, batches, options)
-        scores[name] = _score(parameter, moved, options.score)
-        if done is not None:
-            done(name)
-    return scores
+    moved = {}
+    with together.all_or_none("measuring losses"):
+        if batches < 1:
+            raise EmptyCalibration()
+        for name, parameter in parameters.items():
+            moved[name] = _sensitivity(name, parameter, loss, batches, options)
+            if done is not None:
+                done(name)
+    means = _mean_over_processes(list(moved.values()))
+    return {
+        name: _score(parameters[name], mean, options.score)
+        for name, mean in zip(moved, means, strict=True)
+    }
+
+
+def _mean_over_processes(values: list[float]) -> list[float]:
+    sums = torch.tensor([*values, 1.0], dtype=torch.float64)
+    together.add_up([sums])
+    means: list[float] = (sums[:-1] / sums[-1]).tolist()
+    return means
 
 
 def _score(parameter: Tensor, moved: float, score: str) -> float:

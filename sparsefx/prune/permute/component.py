@@ -1,4 +1,4 @@
-"""Everything in a graph whose channels move when those of one weight's input do.
+"""Everything in some graphs whose channels move when those of one weight's input do.
 
 The labels of one tensor are carried through every operator that reads or makes it, to tensors that
 are new, until nothing is new. Two labels that meet at one element become one label; labels that
@@ -8,7 +8,7 @@ be permuted, within *blocks* of labels that no operator tells apart.
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -33,16 +33,17 @@ _READS_NO_ELEMENT = frozenset({aten._assert_tensor_metadata.default, aten.sym_si
 
 
 class Wiring:
-    """The relations of every operator of a graph, read once. `known`: names of the model's tensors.
+    """The relations of every operator of some graphs of one model, read once.
 
-    Parameters and buffers that the graph reads under several names are one tensor here.
+    known: names of the model's tensors. A parameter or buffer that is read under several names, or
+    by several graphs, is one tensor here, so that what one graph says of it holds in all.
     """
 
-    def __init__(self, gm: fx.GraphModule, known: frozenset[str]) -> None:
+    def __init__(self, graphs: Sequence[fx.GraphModule], known: frozenset[str]) -> None:
         self.known = known
         self._read: dict[fx.Node, Relations] = {}
         self._tensors: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in gm.graph.find_nodes(op="get_attr"):
+        for node in weight_nodes(graphs):
             if holds_tensor(node):
                 self._tensors[id(tensor_of(node))].append(node)
         self._overlapping = _overlapping([tensor_of(nodes[0]) for nodes in self._tensors.values()])
@@ -66,12 +67,20 @@ class Wiring:
         if id(tensor) in self._overlapping:
             return Decline(f"{node.target} shares memory with another weight")
         letters: Letters = tuple(range(tensor.dim()))
-        return (Tie(tuple((each, letters) for each in self._tensors[id(tensor)])),)
+        same = self._tensors[id(tensor)]
+        # Each with the first, not with all: one of many graphs has as many.
+        tied = same if node is same[0] else [same[0], node]
+        return (Tie(tuple((each, letters) for each in tied)),)
 
     def _relations(self, node: fx.Node) -> Relations:
         if node not in self._read:
             self._read[node] = _relations(node)
         return self._read[node]
+
+
+def weight_nodes(graphs: Sequence[fx.GraphModule]) -> list[fx.Node]:
+    """What reads parameters, buffers and constants, graph by graph."""
+    return [node for gm in graphs for node in gm.graph.find_nodes(op="get_attr")]
 
 
 def _overlapping(tensors: list[Tensor]) -> set[int]:

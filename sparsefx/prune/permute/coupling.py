@@ -7,16 +7,18 @@ computes the same, up to the order of its sums (Pool and Yu 2021, "Channel Permu
 Sparsity").
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsefx.prune.permute.component import Component, Wiring
+from sparsefx.prune.permute.component import Component, Wiring, weight_nodes
 from sparsefx.prune.permute.labels import NONE, ranks, varying
 from sparsefx.prune.weights import PrunableWeight, prunable_weights
 from sparsefx.rewrite import Decline
+
+UNREAD = "no captured call reads it, so what its channels hang on is not known"
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,24 @@ class Couplings:
     declined: Mapping[str, Decline]
 
 
-def find_couplings(gm: fx.GraphModule, model: nn.Module) -> Couplings:
+def find_couplings(graphs: Sequence[fx.GraphModule], model: nn.Module) -> Couplings:
     """The couplings of the input channels of every prunable weight of `model`.
 
-    gm: `sparsefx.graph.capture` of the model in eval mode; its get_attr nodes bear the model's
-    names. A permutation leaves unchanged what this graph computes: other ways through the model
-    (other branches, a cache filled by another call) must not read the same weights otherwise.
+    graphs: `sparsefx.graph.capture` of the model in eval mode, one for each kind of call; their
+    get_attr nodes bear the model's names and hold its own tensors. A permutation leaves unchanged
+    what each of these graphs computes: other ways through the model (other branches, a cache filled
+    by another call) must not read the same weights otherwise.
     """
     tensors = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     )
-    wiring = Wiring(gm, frozenset(name for name, _ in tensors))
+    wiring = Wiring(graphs, frozenset(name for name, _ in tensors))
     weights = prunable_weights(model)
     names = {alias: weight for weight in weights.values() for alias in weight.names}
     nodes = {
         names[str(node.target)].name: node
-        for node in reversed(gm.graph.find_nodes(op="get_attr"))
+        for node in reversed(weight_nodes(graphs))
         if node.target in names and node.users
     }
     found: list[Coupling] = []
@@ -116,7 +119,7 @@ def _coupling(
     names: Mapping[str, PrunableWeight],
 ) -> Coupling | Decline:
     if node is None:
-        return Decline("the captured call does not read it")
+        return Decline(UNREAD)
     if weight.held_back.startswith("depthwise"):
         return Decline("depthwise: each filter sees one channel")
     component = Component(wiring, node, weight.axis)
