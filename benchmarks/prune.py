@@ -129,6 +129,7 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
     windows = evaluation_windows(tokenizer, args.windows, args.tokens)
     found = " ".join(f"{each:.3f}" for each in perplexities(model, windows))
     print(f"dense perplexity {found}\n{HEAD}", flush=True)
+    del model
     for pattern in map(pattern_of, args.pattern):
         for criterion in args.criterion:
             for allocation in args.allocation:
@@ -139,8 +140,9 @@ def lines(args: argparse.Namespace) -> Iterator[Result]:
                     permute=args.permute,
                 )
                 names = (criterion, allocation + ", permuted" * args.permute)
-                yield one(model, recipe, batches, windows, names, loaded)
-                model, _ = smollm2(layers=args.layers)  # dense again
+                dense, _ = smollm2(layers=args.layers)
+                yield one(dense, recipe, batches, windows, names, loaded)
+                del dense  # two of them would count as memory of the next pruning
 
 
 def one(

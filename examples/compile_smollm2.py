@@ -24,14 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `examples`, when
 import sparsefx
 from examples.decoding import Decoder, seconds, static_cache, wait
 from examples.real_models import evaluation_tokens, perplexity, smollm2, wikipedia_text
+from sparsefx.criteria import Criterion
 
-CRITERION = sparsefx.SparseGPT()
-RECIPE = sparsefx.Recipe(
-    weights={
-        "*.mlp.*": sparsefx.NM(2, 4, CRITERION),
-        "*.self_attn.*": sparsefx.Unstructured(0.5, CRITERION),
-    }
-)
+
+def recipe(criterion: Criterion) -> sparsefx.Recipe:
+    """2:4 in the MLPs, half of the weights in attention."""
+    return sparsefx.Recipe(
+        weights={
+            "*.mlp.*": sparsefx.NM(2, 4, criterion),
+            "*.self_attn.*": sparsefx.Unstructured(0.5, criterion),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def pruned(demo: Demo, inductor: Decoder | None) -> PreTrainedModel:
     """Prunes, compiles with SparseFX, generates, and times it in turns with what it replaces."""
     eager = Decoder(demo.model, demo.cache)
     with step("prune: 2:4 in the MLPs, unstructured 50 % in attention, by SparseGPT, one shot"):
-        sparsefx.sparsify(demo.model, RECIPE, calibration(demo), inplace=True)
+        sparsefx.sparsify(demo.model, recipe(sparsefx.SparseGPT()), calibration(demo), inplace=True)
         expected = eager.prefill(demo.prompt)
     fast = sparsefx.compile(demo.model, dynamic=False)
     compiled = Decoder(fast, demo.cache)

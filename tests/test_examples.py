@@ -60,7 +60,7 @@ def test_demo_shows_every_step(tmp_path: Path) -> None:
     lines = [f"{w}, {c}" for w in ("dense", "pruned") for c in ("eager", "Inductor")]
     for line in (*lines, "pruned, SparseFX"):
         assert number(rf"{line} .* ([\d.,]+)\n", text) > 0
-    assert "a known limit" in text
+    assert "without training" in text
     assert number(r"ONNX file: (\d+) MB", text) < number(r"dense weights (\d+) MB", text)
     report = Report.from_json(tmp_path / "out" / "report.json")
     # Two graphs of two layers of seven linears and one attention, and the head.
