@@ -20,6 +20,14 @@ extern "C" const char sparsefx_dtype[16] = "float32";
 constexpr int N = 2, M = 4;
 constexpr int BIAS = 1, EXTRAS = 1;
 
+// body(i) for each i of [0, count), on at most `threads` threads, those of OpenMP. What shares out a
+// kernel's work must call this, and nothing else of OpenMP: in a library for onnxruntime another
+// header stands here, which takes onnxruntime's threads.
+template <class Body>
+static inline void parallel_for(int64_t count, int32_t threads, const Body& body) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) body(i);
+}
 // AVX-512, N:M with at most half kept: a block of 32 columns of x waits in two registers, and its
 // (at most 16) values of W pick theirs by index. No lane is spent on a zero. Columns that hold no
 // value are not read: NaN or infinity there does not reach y.
@@ -333,9 +341,9 @@ extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const ui
     for (int64_t first = 0; first < batch; first += CHUNK) {
         const int64_t rows = std::min(CHUNK, batch - first);
         stage(x + first * in, staged, shape, rows);
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * in * out > SMALL)
-        for (int64_t g = 0; g < groups; ++g)
+        parallel_for(groups, rows * in * out > SMALL ? threads : 1, [&](int64_t g) {
             group(weight, staged, shape, tail, g * ROWS, first, rows);
+        });
     }
     std::free(padded);
     std::free(staged);

@@ -18,6 +18,7 @@ using Value = float;
 extern "C" const char sparsefx_dtype[16] = "float32";
 constexpr int N = 2, M = 4;  // N kept of each M columns; 0, 1: as many as the bits say
 constexpr int BIAS = 0, EXTRAS = 0;
+#include "openmp.h"
 #include "portable.h"
 
 static inline float epilogue(float acc, int64_t, int64_t, const Value*, const Value* const*) {
@@ -220,9 +221,9 @@ extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const ui
     for (int64_t first = 0; first < batch; first += CHUNK) {
         const int64_t rows = std::min(CHUNK, batch - first);
         stage(x + first * in, staged, shape, rows);
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * in * out > SMALL)
-        for (int64_t g = 0; g < groups; ++g)
+        parallel_for(groups, rows * in * out > SMALL ? threads : 1, [&](int64_t g) {
             group(weight, staged, shape, tail, g * ROWS, first, rows);
+        });
     }
     std::free(padded);
     std::free(staged);
