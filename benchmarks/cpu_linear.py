@@ -68,7 +68,7 @@ def _cell(
     x = torch.randn(rows, shape[1]).to(dtype)
 
     def run_sparse(i: int) -> Tensor:
-        return lowering.op(x, *packed[i % len(packed)], None, [], lowering.handle)
+        return lowering.run(x, packed=packed[i % len(packed)])
 
     times = list(_pairs(lambda i: F.linear(x, dense[i % copies]), run_sparse, pairs))
     ratio = statistics.median(a / b for a, b in times)

@@ -79,7 +79,7 @@ def trial(pattern: NM | Unstructured, weight: Tensor, rows: int) -> Trial:
     lowering = kernel.lower(spec, tuple(packed))
 
     def run(x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        result: Tensor = lowering.op(x, *packed, None, [], lowering.handle)
+        result: Tensor = lowering.run(x, packed=packed)
         return result
 
     return Trial(weight, lowering.packed, run)

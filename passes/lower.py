@@ -1,4 +1,4 @@
-"""packed -> lowered:  nm_linear(x, values, index, b, ..)  =>  kernel(x, *packed, b, extras, handle)
+"""packed -> lowered:  nm_linear(x, values, index, b, ..)  =>  kernel(x, packed, b, extras, handle)
 
 or, where no kernel of the target accepts the node and wins:  =>  epilogue(linear(x, w, b))
 
@@ -181,7 +181,8 @@ def _kernel_call(packed: PackedNode, lowering: Lowering) -> fx.Node:
         name = f"{weight}_{lowering.handle}_{number}".replace("-", "_").replace(":", "_")
         stored.append(same[0] if same else site.constant(name, tensor))
     x = packed.node.args[0]
-    return site.call(lowering.op, x, *stored, packed.bias, packed.extras, lowering.handle)
+    rest = (packed.bias, packed.extras, lowering.handle, lowering.features)
+    return site.call(lowering.op, x, stored, *rest)
 
 
 def dense_form(packed: PackedNode) -> fx.Node:

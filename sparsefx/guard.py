@@ -138,9 +138,7 @@ class _Case:
         return F.linear(self.x, weight, self.bias)
 
     def sparse(self, packed: tuple[Tensor, ...]) -> Tensor:
-        lowering = self.lowering
-        result: Tensor = lowering.op(self.x, *packed, self.bias, self.extras, lowering.handle)
-        return result
+        return self.lowering.run(self.x, self.bias, self.extras, packed)
 
 
 def _measured(

@@ -4,6 +4,7 @@ A target is an ordered tuple of kernels. A packed node goes to the first kernel 
 under the guard, wins. The kernels themselves live in codegen/; nothing here knows them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +17,14 @@ from torch._ops import OpOverload
 class LinearSpec:
     """All that a kernel may know about a packed linear before it is built.
 
-    `layout` is "nm" or "bitmap" (`n`, `m` are 0 for bitmap); `density` is the share of stored
-    values; `rows` is the number of rows of x (the product of its leading sizes) at the example
-    input, `rows_vary` whether other calls may bring other numbers; `epilogue` as in epilogue.py.
+    `layout` is "nm", "bitmap" or "block" (`n`, `m` are 0 but for nm, `block` is (0, 0) but for
+    block); `density` is the share of stored values; `dtype` that of x, bias and result. `rows` is
+    the number of rows of x (the product of its leading sizes) at the example input, `rows_vary`
+    whether other calls may bring other numbers; `epilogue` as in epilogue.py.
+
+    `values` says how weights are stored: "" in `dtype`; "int8", "int4", "fp8" as codes with a scale
+    for each `group` input columns of a row (0: for the whole row; block: for each block), which a
+    kernel multiplies out in registers; "int8_dynamic" as int8 with x quantised row by row as well.
     """
 
     layout: str
@@ -32,23 +38,46 @@ class LinearSpec:
     epilogue: str
     rows: int
     rows_vary: bool
+    block: tuple[int, int] = (0, 0)
+    values: str = ""
+    group: int = 0
+
+
+LINEAR_SCHEMA = (
+    "linear(Tensor x, Tensor[] packed, Tensor? bias, Tensor[] extras, str handle, int features)"
+    " -> Tensor"
+)
+"""Schema of the one operator by which a target's kernels of packed linears are called."""
 
 
 @dataclass(frozen=True)
 class Lowering:
     """How a graph calls a built kernel.
 
-    The node becomes `op(x, *packed, bias, extras, handle)` where `packed` are the (perhaps
-    re-arranged) stored tensors, `bias` a Tensor or None, `extras` the operands of the epilogue, and
-    `handle` the text that names the built kernel, stable over processes. Result: [..., out],
-    contiguous, x's dtype. `text` is the generated source, `path` where it lies.
+    The node becomes `op(x, packed, bias, extras, handle, features)` (LINEAR_SCHEMA) where `packed`
+    are the (perhaps re-arranged) stored tensors, `bias` a Tensor or None, `extras` the operands of
+    the epilogue, and `handle` the text that names the built kernel, stable over processes. Result:
+    [..., features], contiguous, x's dtype. `text` is the generated source, `path` where it lies.
     """
 
     op: OpOverload
     packed: tuple[Tensor, ...]
     handle: str
+    features: int
     text: str
     path: str
+
+    def run(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        extras: Sequence[Tensor] = (),
+        packed: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Calls the kernel on x [..., in]; `packed` takes the place of its own stored tensors."""
+        stored = list(self.packed if packed is None else packed)
+        result: Tensor = self.op(x, stored, bias, list(extras), self.handle, self.features)
+        return result
 
 
 @dataclass(frozen=True)
@@ -130,7 +159,7 @@ class Kernel(Protocol):
 
     @property
     def layout(self) -> str:
-        """The storage it reads: "nm" or "bitmap"."""
+        """The storage it reads: "nm", "bitmap" or "block"."""
         ...
 
     def accepts(self, spec: LinearSpec) -> str | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefx import epilogue, guard
-from sparsefx.target import LinearSpec, Lowering
+from sparsefx.target import LINEAR_SCHEMA, LinearSpec, Lowering
 
 SPEC = LinearSpec(
     layout="nm",
@@ -30,9 +30,7 @@ SEED = 7
 FUSED = "mul 1;silu;add 0;scale 0.5"
 CALLS: collections.Counter[str] = collections.Counter()
 LIBRARY = torch.library.Library("sparsefx_test_guard", "DEF")
-LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] extras, str handle) -> Tensor"
-)
+LIBRARY.define(LINEAR_SCHEMA)
 
 
 def right(x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor]) -> Tensor:
@@ -77,11 +75,16 @@ BODIES: dict[str, Body] = {
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, extras: list[Tensor], handle: str
+    x: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    extras: list[Tensor],
+    handle: str,
+    features: int,
 ) -> Tensor:
     """The fake kernel: `handle` names its body; every call is counted."""
     CALLS[handle] += 1
-    return BODIES[handle](x, weight, bias, extras)
+    return BODIES[handle](x, packed[0], bias, extras)
 
 
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
@@ -89,7 +92,7 @@ LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
 
 def lowering(handle: str, weight: Tensor, text: str = "text") -> Lowering:
     op = torch.ops.sparsefx_test_guard.linear.default
-    return Lowering(op, (weight,), handle, text, path="")
+    return Lowering(op, (weight,), handle, weight.shape[0], text, path="")
 
 
 def layer(spec: LinearSpec = SPEC) -> tuple[Tensor, Tensor]:

@@ -8,28 +8,26 @@ from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.errors import KernelBuildFailed
-from sparsefx.target import LinearSpec, Lowering, Target
+from sparsefx.target import LINEAR_SCHEMA, LinearSpec, Lowering, Target
 
 _LIBRARY = torch.library.Library("sparsefx_plain", "DEF")
-_LIBRARY.define(
-    "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor[] extras, str handle)"
-    " -> Tensor"
-)
+_LIBRARY.define(LINEAR_SCHEMA)
 
 
-def _nm_linear(
+def _linear(
     x: Tensor,
-    values: Tensor,
-    index: Tensor,
+    packed: Sequence[Tensor],
     bias: Tensor | None,
     extras: Sequence[Tensor],
     handle: str,
+    features: int,
 ) -> Tensor:
     n, m, epilogue = handle.split("|")
+    values, index = packed
     return ops.nm_linear(x, values, index, bias, int(n), int(m), epilogue, extras)
 
 
-_LIBRARY.impl("nm_linear", _nm_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class PlainNM:
         if self.fails:
             raise KernelBuildFailed(kernel=self.name, rule="no compiler")
         handle = f"{spec.n}|{spec.m}|{spec.epilogue}"
-        return Lowering(torch.ops.sparsefx_plain.nm_linear.default, packed, handle, "", "")
+        op = torch.ops.sparsefx_plain.linear.default
+        return Lowering(op, packed, handle, spec.out_features, "", "")
 
 
 def plain(*kernels: PlainNM) -> Target:

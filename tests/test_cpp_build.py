@@ -36,7 +36,7 @@ def _lower(epilogue: str = "") -> Lowering:
 
 
 def _run(low: Lowering) -> list[float]:
-    y = low.op(torch.ones(4), *low.packed, torch.tensor([10.0, 20.0]), [], low.handle)
+    y = low.run(torch.ones(4), torch.tensor([10.0, 20.0]))
     return y.tolist()
 
 
@@ -226,9 +226,9 @@ def test_a_damaged_library_is_not_called(
 ) -> None:
     library = _take(stored, cache, "nm")
     damage(library)
-    tensors = (torch.ones(4), *pack_nm(_WEIGHT, 2, 4), torch.ones(2), [])
+    tensors = (torch.ones(4), list(pack_nm(_WEIGHT, 2, 4)), torch.ones(2), [])
     with pytest.raises(KernelNotFound, match=library.stem):
-        torch.ops.sparsefx_cpp.nm_linear(*tensors, library.stem)
+        torch.ops.sparsefx_cpp.linear(*tensors, library.stem, 2)
     library = next(cache.glob("block*.so"))
     damage(library)
     given = (*_ATTENTION.arguments(3, 5, True, 0), 0, 0)
@@ -292,7 +292,7 @@ def test_two_processes_at_once_and_a_handle_in_a_third(cache: Path) -> None:
     values, index = pack_nm(_WEIGHT, 2, 4)
     keep = pack_bitmap(_WEIGHT).bits
     bias = torch.tensor([10.0, 20.0])
-    y = torch.ops.sparsefx_cpp.nm_linear(torch.ones(4), values, keep, bias, [], handle)
+    y = torch.ops.sparsefx_cpp.linear(torch.ones(4), [values, keep], bias, [], handle, 2)
     assert y.tolist() == [26.0, 54.0] and index.shape == (2, 1)
 
 

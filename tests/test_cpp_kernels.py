@@ -87,8 +87,7 @@ class Case:
         return [self.tensor(*leading, self.out) for _ in range(count)]
 
     def run(self, x: Tensor, extras: list[Tensor]) -> Tensor:
-        low = self.lowering
-        return low.op(x, *low.packed, self.bias, extras, low.handle)
+        return self.lowering.run(x, self.bias, extras)
 
     def meaning(self, x: Tensor, extras: list[Tensor]) -> Tensor:
         bias = None if self.bias is None else self.bias.double()
@@ -170,7 +169,7 @@ def test_every_16_bit_number_survives_the_way_through_float32(
     spec = LinearSpec("nm", 1, 4, 2, 4, 0.25, dtype, False, "add 0", 1, True)
     low = CppLinear("nm", isa_name).lower(spec, pack_nm(weight, 2, 4))
     zeros = torch.zeros(65536, 4, dtype=dtype)
-    got = low.op(zeros, *low.packed, None, [every[:, None]], low.handle)[:, 0]
+    got = low.run(zeros, extras=[every[:, None]])[:, 0]
     torch.testing.assert_close(got, every + 0.0, rtol=0, atol=0, equal_nan=True)
 
 
@@ -183,7 +182,7 @@ def test_rounds_to_the_nearest_even_as_torch_does(dtype: torch.dtype, isa_name: 
     spec = LinearSpec("nm", 1, 4, 2, 4, 0.25, dtype, False, "scale 0.3", 1, True)
     low = CppLinear("nm", isa_name).lower(spec, pack_nm(weight, 2, 4))
     padded = torch.nn.functional.pad(x[:, None], (0, 3))
-    got = low.op(padded, *low.packed, None, [], low.handle)[:, 0]
+    got = low.run(padded)[:, 0]
     torch.testing.assert_close(got, (x.float() * 0.3).to(dtype), rtol=0, atol=0)
 
 
@@ -241,19 +240,21 @@ def test_refuses_what_would_read_out_of_bounds() -> None:
     low, x = case.lowering, case.tensor(2, 32)
     values, bits = low.packed
     with pytest.raises(DtypeMismatch, match=r"x is torch.float16.*torch.float32"):
-        low.op(x.half(), values, bits, None, [], low.handle)
+        low.run(x.half())
     with pytest.raises(DtypeMismatch, match="values is torch.bfloat16"):
-        low.op(x, values.bfloat16(), bits, None, [], low.handle)
+        low.run(x, packed=[values.bfloat16(), bits])
     with pytest.raises(ShapeMismatch, match="values has shape"):
-        low.op(case.tensor(2, 64), values, bits, None, [], low.handle)
+        low.run(case.tensor(2, 64))
     with pytest.raises(ShapeMismatch, match="bias=False and 0 extras"):
-        low.op(x, values, bits, case.tensor(4), [], low.handle)
+        low.run(x, case.tensor(4))
     with pytest.raises(ShapeMismatch, match="bias=False and 0 extras"):
-        low.op(x, values, bits, None, [x], low.handle)
+        low.run(x, extras=[x])
     with pytest.raises(KernelNotFound, match="no_such_kernel"):
-        low.op(x, values, bits, None, [], "no_such_kernel")
+        low.op(x, [values, bits], None, [], "no_such_kernel", 4)
     with pytest.raises(KernelNotFound):
-        low.op(x, values, bits, None, [], "../../lib/libc")
+        low.op(x, [values, bits], None, [], "../../lib/libc", 4)
+    with pytest.raises(ShapeMismatch, match="5 features"):
+        low.op(x, [values, bits], None, [], low.handle, 5)
 
 
 def test_refuses_a_bitmap_of_another_size() -> None:
@@ -261,13 +262,13 @@ def test_refuses_a_bitmap_of_another_size() -> None:
     low, x = case.lowering, case.tensor(2, 32)
     values, bits, row_ptr = low.packed
     with pytest.raises(ShapeMismatch, match="bytes of index or bits of a row"):
-        low.op(case.tensor(2, 48), values, bits, row_ptr, case.bias, [], low.handle)
+        low.run(case.tensor(2, 48), case.bias)
     with pytest.raises(ShapeMismatch, match="row_ptr has shape"):
-        low.op(x, values, bits, row_ptr[:-1], case.bias, [], low.handle)
+        low.run(x, case.bias, packed=[values, bits, row_ptr[:-1]])
     with pytest.raises(ShapeMismatch, match="bias has shape"):
-        low.op(x, values, bits, row_ptr, case.tensor(3), [], low.handle)
+        low.run(x, case.tensor(3))
     with pytest.raises(DtypeMismatch, match="bias is torch.float64"):
-        low.op(x, values, bits, row_ptr, torch.zeros(4).double(), [], low.handle)
+        low.run(x, torch.zeros(4).double())
 
 
 def test_accepts_or_says_why() -> None:
@@ -317,7 +318,8 @@ def test_fake_result_is_exact() -> None:
     case = Case((2, 4), torch.bfloat16, 6, 32, None)
     low = case.lowering
     for x in (case.tensor(32), case.tensor(3, 32), case.tensor(32, 3).t()):
-        torch.library.opcheck(low.op, (x, *low.packed, None, [], low.handle))
+        arguments = (x, list(low.packed), None, [], low.handle, low.features)
+        torch.library.opcheck(low.op, arguments)
 
 
 def test_epilogue_steps_are_all_covered() -> None:

@@ -42,7 +42,7 @@ def test_lowering_bakes_the_weight_and_fills_the_row() -> None:
     assert (count, row.kernel, row.reason, row.how) == (1, "plain_nm", "", "modelled")
     assert (row.dense_us, row.sparse_us) == (2.0, 1.0)
     assert row.stored_bytes == WIDTH * WIDTH // 2 * 8 + WIDTH * WIDTH // 2 // 4
-    assert calls(gm) == ["sparsefx_plain.nm_linear.default"]
+    assert calls(gm) == ["sparsefx_plain.linear.default"]
     assert ctx.baked == {"l.weight"}
 
 

@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[tuple[Pass, ...], int, set[str]]] = {
         (*FUSED, Lower(plain(), accept)),
         1,
         {
-            "sparsefx_plain.nm_linear.default",
+            "sparsefx_plain.linear.default",
             "aten.linear.default",
             "aten.mul.Tensor",
             "aten.add.Tensor",

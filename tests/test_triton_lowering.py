@@ -109,7 +109,7 @@ class Lowered(nn.Module):
         """The operator call, with a dense neighbour."""
         case = self.case
         lowering = case.lowering
-        result = lowering.op(x, *lowering.packed, case.bias, [extra], lowering.handle)
+        result = lowering.run(x, case.bias, [extra])
         return torch.tanh(result)
 
 
@@ -117,7 +117,8 @@ class Lowered(nn.Module):
 def test_operator_is_registered_rightly(pattern: str) -> None:
     case = make(linear_spec(pattern, torch.float32, "add 0"))
     lowering = case.lowering
-    arguments = (case.x, *lowering.packed, case.bias, list(case.extras), lowering.handle)
+    rest = (case.bias, list(case.extras), lowering.handle, lowering.features)
+    arguments = (case.x, list(lowering.packed), *rest)
     torch.library.opcheck(lowering.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -148,7 +149,7 @@ def test_plain_meaning_where_nothing_can_launch(
 ) -> None:
     """A model compiled for a GPU runs on a machine without one and without an interpreter."""
     monkeypatch.setattr(library, "_interpreting", lambda: False)
-    monkeypatch.setattr(library, "_launch", None)
+    monkeypatch.setattr("sparsefx.codegen.triton.launch.linear", None)
     case = make(linear_spec(pattern, dtype, "mul 0"))
     assert case.x.dtype == dtype
     expected = case.meaning()

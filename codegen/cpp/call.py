@@ -1,4 +1,4 @@
-"""The operators sparsefx_cpp::nm_linear and ::bitmap_linear: a generated library called by ctypes.
+"""The operator sparsefx_cpp::linear: a generated library called by ctypes.
 
 The operator is registered once; which kernel runs is its `handle` argument. Registered by
 `Library.define/impl`: the decorator `custom_op` would cost three times as much a call.
@@ -15,16 +15,10 @@ from torch import Tensor
 from sparsefx.codegen.cpp.build import opened
 from sparsefx.errors import DtypeMismatch, ShapeMismatch
 from sparsefx.ops import linear_output
+from sparsefx.target import LINEAR_SCHEMA
 
 _LIBRARY = torch.library.Library("sparsefx_cpp", "DEF")
-_LIBRARY.define(
-    "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor[] extras, str handle)"
-    " -> Tensor"
-)
-_LIBRARY.define(
-    "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor row_ptr, Tensor? bias, "
-    "Tensor[] extras, str handle) -> Tensor"
-)
+_LIBRARY.define(LINEAR_SCHEMA)
 
 
 class Loaded(NamedTuple):
@@ -56,41 +50,38 @@ def load(handle: str) -> Loaded:
     return Loaded(run, getattr(torch, dtype), bool(has_bias), extras, n, m, index_bits)
 
 
-def nm_linear(
+def linear(
     x: Tensor,
-    values: Tensor,
-    index: Tensor,
+    packed: Sequence[Tensor],
     bias: Tensor | None,
     extras: Sequence[Tensor],
     handle: str,
+    features: int,
 ) -> Tensor:
     """epilogue(x W^T + bias) by the library `handle`.
 
-    x [..., in]; values, index: `formats.PackedNM`, or for kernels that read no indices, index is
-    uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest column; bias [out];
-    extras [..., out]. Returns [..., out], contiguous, x's dtype. No gradient.
+    x [..., in]; packed: `formats.PackedBitmap`, or values and index of `formats.PackedNM`, where
+    for kernels that read no indices, index is uint8 [out, ceil(in/8)], one bit a column, 1 = kept,
+    lowest bit = lowest column; bias [out]; extras [..., features].
+    Returns [..., features], contiguous, x's dtype. No gradient.
     Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
     """
     kernel = load(handle)
-    if values.numel() * kernel.m != index.shape[0] * x.shape[-1] * kernel.n:
-        rule = f"{kernel.n}:{kernel.m} of [{index.shape[0]}, {x.shape[-1]}] has another count"
+    values, keys, *row_ptr = packed
+    if keys.shape[0] != features:
+        raise _misshapen("index or bits", keys, f"the result has {features} features")
+    if row_ptr:
+        _check_bitmap(keys, row_ptr[0])
+        return _run(kernel, x, values, keys, row_ptr[0].contiguous(), bias, extras)
+    if values.numel() * kernel.m != keys.shape[0] * x.shape[-1] * kernel.n:
+        rule = f"{kernel.n}:{kernel.m} of [{keys.shape[0]}, {x.shape[-1]}] has another count"
         raise _misshapen("values", values, rule)
-    return _run(kernel, x, values, index, None, bias, extras)
+    return _run(kernel, x, values, keys, None, bias, extras)
 
 
-def bitmap_linear(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    row_ptr: Tensor,
-    bias: Tensor | None,
-    extras: Sequence[Tensor],
-    handle: str,
-) -> Tensor:
-    """As `nm_linear`, for values, bits and row_ptr of `formats.PackedBitmap`."""
+def _check_bitmap(bits: Tensor, row_ptr: Tensor) -> None:
     if row_ptr.shape[0] != bits.shape[0] + 1 or row_ptr.dtype != torch.int32:
         raise _misshapen("row_ptr", row_ptr, f"it must be int32 [{bits.shape[0] + 1}]")
-    return _run(load(handle), x, values, bits, row_ptr.contiguous(), bias, extras)
 
 
 def _run(
@@ -167,11 +158,9 @@ def _misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:
     return ShapeMismatch(name=name, shape=tuple(tensor.shape), rule=rule, remedy=remedy)
 
 
-_LIBRARY.impl("nm_linear", nm_linear, "CPU")
-_LIBRARY.impl("bitmap_linear", bitmap_linear, "CPU")
-for _name in ("nm_linear", "bitmap_linear"):
-    torch.library.register_fake(
-        f"sparsefx_cpp::{_name}",
-        lambda x, values, keys, *_: linear_output(x, keys.shape[0]),
-        lib=_LIBRARY,
-    )
+_LIBRARY.impl("linear", linear, "CPU")
+torch.library.register_fake(
+    "sparsefx_cpp::linear",
+    lambda x, packed, bias, extras, handle, features: linear_output(x, features),
+    lib=_LIBRARY,
+)

@@ -55,11 +55,10 @@ class CppLinear:
         except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(_prefix(spec, isa), text, isa.flags)
-        ops = torch.ops.sparsefx_cpp
-        op = ops.nm_linear.default if self.layout == "nm" else ops.bitmap_linear.default
         as_is = self.layout == "bitmap" or isa.picks(spec.n, spec.m)
         arranged = packed if as_is else _keep_bits(spec, packed)
-        return Lowering(op, arranged, handle, text, path=str(path.with_suffix(".cpp")))
+        op, source = torch.ops.sparsefx_cpp.linear.default, path.with_suffix(".cpp")
+        return Lowering(op, arranged, handle, spec.out_features, text, str(source))
 
     def _isa(self) -> Isa:
         return best() if self.isa is None else named(self.isa)

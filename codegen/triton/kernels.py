@@ -41,10 +41,9 @@ class TritonLinear:
         """
         variant = Variant.of(spec)
         path, text = emit.write(variant)
-        operators = torch.ops.sparsefx_triton
-        op = operators.nm_linear if self.layout == "nm" else operators.bitmap_linear
+        op, features = torch.ops.sparsefx_triton.linear.default, spec.out_features
         stored = tuple(tensor.contiguous() for tensor in packed)
-        return Lowering(op.default, stored, variant.handle, text, str(path))
+        return Lowering(op, stored, variant.handle, features, text, str(path))
 
     def _misfit(self, spec: LinearSpec) -> str | None:
         if self.layout == "bitmap":

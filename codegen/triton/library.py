@@ -1,7 +1,7 @@
-"""The operators that launch generated Triton kernels: sparsefx_triton::nm_linear, ::bitmap_linear.
+"""The operator that launches generated Triton kernels: sparsefx_triton::linear.
 
-On CUDA tensors they launch the kernel that the handle names. On CPU tensors they launch it where
-Triton's interpreter is on (TRITON_INTERPRET=1), else they run the plain meaning, so that a model
+On CUDA tensors it launches the kernel that the handle names. On CPU tensors it launches it where
+Triton's interpreter is on (TRITON_INTERPRET=1), else it runs the plain meaning, so that a model
 compiled for a GPU that is absent still gives the right numbers.
 """
 
@@ -13,16 +13,10 @@ from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.codegen.triton.variant import Variant
+from sparsefx.target import LINEAR_SCHEMA
 
 _LIBRARY = torch.library.Library("sparsefx_triton", "DEF")
-_LIBRARY.define(
-    "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor[] extras, "
-    "str handle) -> Tensor"
-)
-_LIBRARY.define(
-    "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor row_ptr, Tensor? bias, "
-    "Tensor[] extras, str handle) -> Tensor"
-)
+_LIBRARY.define(LINEAR_SCHEMA)
 
 
 def installed() -> bool:
@@ -30,50 +24,34 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def nm_linear(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    extras: Sequence[Tensor],
-    handle: str,
-) -> Tensor:
-    """`sparsefx.ops.nm_linear` by the kernel that `handle` names; n, m and epilogue are in it."""
-    if launches(x):
-        return _launch(handle, x, (values, index), values.shape[0], bias, extras)
-    variant = Variant.parse(handle)
-    return ops.nm_linear(
-        x, values, index, bias, variant.n, variant.m, variant.epilogue, list(extras)
-    )
-
-
-def bitmap_linear(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    row_ptr: Tensor,
-    bias: Tensor | None,
-    extras: Sequence[Tensor],
-    handle: str,
-) -> Tensor:
-    """`sparsefx.ops.bitmap_linear` by the kernel that `handle` names."""
-    if launches(x):
-        return _launch(handle, x, (values, bits, row_ptr), bits.shape[0], bias, extras)
-    epilogue = Variant.parse(handle).epilogue
-    return ops.bitmap_linear(x, values, bits, row_ptr, bias, epilogue, list(extras))
-
-
-def _launch(
-    handle: str,
+def linear(
     x: Tensor,
     packed: Sequence[Tensor],
-    out_features: int,
     bias: Tensor | None,
     extras: Sequence[Tensor],
+    handle: str,
+    features: int,
 ) -> Tensor:
-    from sparsefx.codegen.triton import launch  # imports Triton, which is slow
+    """The packed linear of `sparsefx.ops` that `handle` names; its epilogue is in there too."""
+    if launches(x):
+        from sparsefx.codegen.triton import launch  # imports Triton, which is slow
 
-    return launch.linear(handle, x, packed, out_features, bias, extras)
+        return launch.linear(handle, x, packed, features, bias, extras)
+    return _meaning(Variant.parse(handle), x, packed, bias, list(extras))
+
+
+def _meaning(
+    variant: Variant,
+    x: Tensor,
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    extras: list[Tensor],
+) -> Tensor:
+    values, keys, *rest = packed
+    if variant.layout == "nm":
+        pattern = (variant.n, variant.m)
+        return ops.nm_linear(x, values, keys, bias, *pattern, variant.epilogue, extras)
+    return ops.bitmap_linear(x, values, keys, rest[0], bias, variant.epilogue, extras)
 
 
 def launches(x: Tensor) -> bool:
@@ -91,15 +69,9 @@ def _interpreting() -> bool:
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("nm_linear", nm_linear, _device)
-    _LIBRARY.impl("bitmap_linear", bitmap_linear, _device)
+    _LIBRARY.impl("linear", linear, _device)
 torch.library.register_fake(
-    "sparsefx_triton::nm_linear",
-    lambda x, values, *_: ops.linear_output(x, values.shape[0]),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "sparsefx_triton::bitmap_linear",
-    lambda x, values, bits, *_: ops.linear_output(x, bits.shape[0]),
+    "sparsefx_triton::linear",
+    lambda x, packed, bias, extras, handle, features: ops.linear_output(x, features),
     lib=_LIBRARY,
 )
