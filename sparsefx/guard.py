@@ -187,7 +187,8 @@ def _inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, 
         shape = (rows, features)
         return torch.randn(shape, generator=generator, device=device, dtype=spec.dtype)
 
-    extras = tuple(random(spec.out_features) for _ in range(1 + max(operands, default=-1)))
+    features = epilogue.features(spec.out_features, spec.epilogue)
+    extras = tuple(random(features) for _ in range(1 + max(operands, default=-1)))
     return random(spec.in_features), extras
 
 

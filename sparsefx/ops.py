@@ -44,7 +44,8 @@ def nm_linear(
     """epilogue(x W^T + bias) with W [out, in] stored as N:M.
 
     x [..., in]; values, index: `formats.PackedNM`; bias [out]; extras: operands of the epilogue,
-    each of the result's shape. Returns [..., out], contiguous, in the dtype of x.
+    each of the result's shape. Returns [..., out], behind a gate [..., out / 2], contiguous, in the
+    dtype of x.
     """
     weight = unpack_nm(PackedNM(values, index), n, m)
     return epilogues.apply(F.linear(x, weight, bias), epilogue, extras).contiguous()
@@ -89,12 +90,16 @@ _LIBRARY.impl("bitmap_linear", bitmap_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsefx::mask", lambda w, keep: torch.empty_like(w), lib=_LIBRARY)
 torch.library.register_fake(
     "sparsefx::nm_linear",
-    lambda x, values, *_: linear_output(x, values.shape[0]),
+    lambda x, values, index, bias, n, m, epilogue, extras: linear_output(
+        x, epilogues.features(values.shape[0], epilogue)
+    ),
     lib=_LIBRARY,
 )
 torch.library.register_fake(
     "sparsefx::bitmap_linear",
-    lambda x, values, bits, *_: linear_output(x, bits.shape[0]),
+    lambda x, values, bits, row_ptr, bias, epilogue, extras: linear_output(
+        x, epilogues.features(bits.shape[0], epilogue)
+    ),
     lib=_LIBRARY,
 )
 torch.library.register_autograd(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefx import epilogue as epilogues
 from sparsefx import ops
 from sparsefx.formats import pack_bitmap, pack_nm
 from sparsefx.spec import NM
@@ -103,6 +104,31 @@ def test_packed_linears_in_float64(
 
 
 @pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("activation", epilogues.ACTIVATIONS)
+@pytest.mark.parametrize("further", ["", ";scale 0.5;mul 1;add 0"])
+@pytest.mark.parametrize("leading", [(), (2, 3), (0,)])
+def test_a_gate_multiplies_every_second_row_into_the_one_before(
+    layout: str, activation: str, further: str, leading: tuple[int, ...]
+) -> None:
+    x, gate, up = draw(*leading, 16), two_four(4, 16), two_four(4, 16) * 2
+    weight, bias = torch.stack((gate, up), 1).flatten(0, 1), draw(8, seed=4)
+    extras = [draw(*leading, 4, seed=5), draw(*leading, 4, seed=6)]
+    out = packed_call(layout, x, weight, bias, f"gate_{activation}{further}", extras)
+    product = by_hand(x, gate, bias[::2], activation, []) * by_hand(x, up, bias[1::2], "", [])
+    expected = product if not further else product / 2 * extras[1] + extras[0]
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert out.is_contiguous()
+
+
+def test_a_gate_is_the_first_step_or_none() -> None:
+    assert [epilogues.features(8, text) for text in ("", "silu", "gate_silu;silu")] == [8, 8, 4]
+    with pytest.raises(ValueError, match="'silu;gate_silu' has a gate behind another step"):
+        epilogues.parse("silu;gate_silu")
+    with pytest.raises(ValueError, match="'gate_tanh' is not one of"):
+        epilogues.parse("gate_tanh")
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_packed_linears_equal_the_dense_linear_in_each_dtype(
     layout: str, dtype: torch.dtype
@@ -125,10 +151,15 @@ def every_op() -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:
         (sparsefx_ops.nm_linear.default, (x, *nm, None, 2, 4, "", [])),
         (sparsefx_ops.bitmap_linear.default, (x, *bitmap, bias, "mul 0", [extra])),
         (sparsefx_ops.bitmap_linear.default, (x.transpose(0, 1), *bitmap, None, "", [])),
+        (sparsefx_ops.nm_linear.default, (x, *nm, bias, 2, 4, "gate_gelu", [])),
+        (
+            sparsefx_ops.bitmap_linear.default,
+            (x, *bitmap, None, "gate_silu;add 0", [extra[..., :4]]),
+        ),
     ]
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(7))
 def test_schema_fake_and_autograd_registrations(case: int) -> None:
     op, args = every_op()[case]
     torch.library.opcheck(op, args)

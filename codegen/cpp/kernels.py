@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import build, call, emit
 from sparsefx.codegen.cpp.isa import Isa, best, named
+from sparsefx.epilogue import is_gated
 from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
 from sparsefx.target import LinearSpec, Lowering
@@ -35,6 +36,8 @@ class CppLinear:
             return f"{spec.dtype} is not one of float32, bfloat16, float16"
         if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):
             return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
+        if is_gated(spec.epilogue):
+            return "it does not multiply gate and up"
         if not self._isa().present():
             return f"this CPU has no {self._isa().name}"
         if build.compiler() is None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsefx.codegen.triton import emit, library
 from sparsefx.codegen.triton.variant import DTYPES, Variant
+from sparsefx.epilogue import is_gated
 from sparsefx.formats import NM_GROUPS
 from sparsefx.target import Kernel, LinearSpec, Lowering
 
@@ -32,6 +33,8 @@ class TritonLinear:
             return f"the kernel computes {', '.join(DTYPES)}, not {spec.dtype}"
         if not spec.out_features or not spec.in_features:
             return "the weight is empty"
+        if is_gated(spec.epilogue):
+            return "it does not multiply gate and up"
         return self._misfit(spec) or _unprintable(spec)
 
     def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
