@@ -1,7 +1,7 @@
 """Target and Kernel: what a machine can do, as data.
 
-A target is an ordered tuple of kernels. A packed node goes to the first kernel that accepts it and,
-under the guard, wins. The kernels themselves live in codegen/; nothing here knows them.
+A target is a tuple of kernels. A packed node goes to the fastest of those that accept it and, under
+the guard, win. The kernels themselves live in codegen/; nothing here knows them.
 """
 
 from collections.abc import Sequence
@@ -170,10 +170,14 @@ class Kernel(Protocol):
         """Generates, builds and caches the kernel. Raises KernelBuildFailed."""
         ...
 
+    def tunings(self, spec: LinearSpec) -> "tuple[Kernel, ...]":
+        """The ways to run an accepted `spec` that are worth timing, best guess first, at most 8."""
+        ...
+
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of device: its name, the torch device type, its kernels in order of preference.
+    """A kind of device: its name, the torch device type, its kernels, best guesses first.
 
     `kernels` compute packed linears, `attention` sparse attentions. `roofline`: which entry of
     devices.py plans for it; "" takes the device at hand.

@@ -42,6 +42,9 @@ class PlainNM:
     def accepts(self, spec: LinearSpec) -> str | None:
         return self.refuses
 
+    def tunings(self, spec: LinearSpec) -> "tuple[PlainNM, ...]":
+        return (self,)
+
     def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
         if self.fails:
             raise KernelBuildFailed(kernel=self.name, rule="no compiler")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsefx.epilogue import GATES
 from sparsefx.graph import capture
 from sparsefx.normalise import normalise
 from sparsefx.passes.lower import Lower
@@ -115,3 +116,19 @@ def test_a_layer_under_autocast_stays_dense() -> None:
     counts = run(normalise(gm), FUSED, ctx)
     assert counts["pack_nm"] == 0
     assert "autocast" in next(iter(ctx.rows.values())).reason
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_that_does_not_win_is_dense_again(gate: str) -> None:
+    model = one(lambda s, x: s.l(x))
+    gm = normalise(capture(model, (x_of(),)))
+    ctx = PassContext()
+    run(gm, FUSED, ctx)
+    (node,) = (n for n in gm.graph.nodes if n.target is torch.ops.sparsefx.nm_linear.default)
+    node.update_arg(6, f"{gate};scale 2.0")
+    node.meta["val"] = node.meta["val"][..., ::2]
+    gm.recompile()
+    expected = gm(x_of())
+    run(gm, (Lower(plain(), refuse),), ctx)
+    assert "aten.slice.Tensor" in calls(gm)
+    torch.testing.assert_close(gm(x_of()), expected)

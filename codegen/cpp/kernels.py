@@ -44,6 +44,10 @@ class CppLinear:
             return "no C++ compiler (g++) on PATH"
         return None
 
+    def tunings(self, spec: LinearSpec) -> "tuple[CppLinear, ...]":
+        """One: its code has no settings."""
+        return (self,)
+
     def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
         """Generates, builds and caches the kernel. Raises KernelBuildFailed.
 

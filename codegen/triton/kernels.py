@@ -37,6 +37,10 @@ class TritonLinear:
             return "it does not multiply gate and up"
         return self._misfit(spec) or _unprintable(spec)
 
+    def tunings(self, spec: LinearSpec) -> "tuple[TritonLinear, ...]":
+        """One: its code has no settings."""
+        return (self,)
+
     def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
         """Prints the kernel into the cache folder; Triton compiles it at the first launch.
 
