@@ -50,14 +50,13 @@ def title(spec: LinearSpec, isa: Isa) -> str:
 
 def _specialisation(spec: LinearSpec, isa: Isa, threads: Path) -> str:
     steps = parse(spec.epilogue)
-    header = isa.pick_header if isa.picks(spec.n, spec.m) else isa.header
     return f"""using Value = {VALUE_TYPES[spec.dtype]};
 extern "C" const char sparsefx_dtype[16] = "{dtype_name(spec.dtype)}";
 constexpr int N = {spec.n}, M = {spec.m or 1};
 constexpr int BIAS = {int(spec.has_bias)}, EXTRAS = {_extras(steps)};
 
 {inlined(threads)}
-{inlined(_TEMPLATES / header)}
+{inlined(_TEMPLATES / isa.template(spec))}
 {_epilogue(spec.has_bias, steps)}"""
 
 

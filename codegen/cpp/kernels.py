@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen.cpp import build, call, emit
-from sparsefx.codegen.cpp.isa import Isa, best, named
+from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
 from sparsefx.epilogue import is_gated
 from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
@@ -62,13 +62,13 @@ class CppLinear:
         except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(_prefix(spec, isa), text, isa.flags)
-        as_is = self.layout == "bitmap" or isa.picks(spec.n, spec.m)
+        as_is = self.layout == "bitmap" or isa.picks(spec)
         arranged = packed if as_is else _keep_bits(spec, packed)
         op, source = torch.ops.sparsefx_cpp.linear.default, path.with_suffix(".cpp")
         return Lowering(op, arranged, handle, spec.out_features, text, str(source))
 
     def _isa(self) -> Isa:
-        return best() if self.isa is None else named(self.isa)
+        return best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)
 
 
 TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"))

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -157,6 +158,12 @@ struct Row {
     const uint8_t* keys;
 };
 
+// How far from a row of W lies the one that the thread walks next: what is fetched into the cache
+// meanwhile. Rows are too short for the processor to foresee much of it.
+struct Ahead {
+    int64_t values, keys;
+};
+
 struct Shape {
     int64_t in, out, row_bytes, value_count;
     int64_t blocks() const { return in / WIDTH; }
@@ -164,9 +171,10 @@ struct Shape {
     int64_t padded() const { return (in + WIDTH - 1) / WIDTH * WIDTH; }
 };
 
-static inline Lanes next_block(Row& row) {
+static inline Lanes next_block(Row& row, const Ahead& ahead) {
     Key key = 0;
     std::memcpy(&key, row.keys, KEY_BYTES);
+    __builtin_prefetch(row.values + ahead.values);
     const Lanes lanes = expand(key, row.values);
     row.keys += KEY_BYTES;
     row.values += KEPT ? KEPT : __builtin_popcountll(key);
@@ -196,13 +204,15 @@ static inline void add_block(Sum (&acc)[HEIGHT][BATCH], const Lanes (&weights)[H
 // BATCH rows. x is staged: block 0 of the BATCH rows, block 1 of them, ... All loops over r and b
 // are unrolled, or acc would live in memory.
 template <int HEIGHT, int BATCH>
-static inline void dot(Row (&rows)[HEIGHT], const X* x, const Shape& shape,
+static inline void dot(Row (&rows)[HEIGHT], const X* x, const Shape& shape, const Ahead& ahead,
                        float (&sums)[HEIGHT][BATCH]) {
     Sum acc[HEIGHT][BATCH] = {};
     Lanes weights[HEIGHT];
+    const uint8_t* next_keys = rows[0].keys + ahead.keys;
     for (int64_t block = 0; block < shape.blocks(); ++block, x += BATCH * WIDTH) {
+        __builtin_prefetch(next_keys + block * (HEIGHT * KEY_BYTES));
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) weights[r] = next_block(rows[r]);
+        for (int r = 0; r < HEIGHT; ++r) weights[r] = next_block(rows[r], ahead);
         add_block(acc, weights, x);
     }
     if (shape.rest()) {
@@ -232,6 +242,10 @@ struct Weight {
         const int64_t at = start(r, shape);
         return {r < padded_row ? values + at : padded + (at - start(padded_row, shape)),
                 keys + r * shape.row_bytes};
+    }
+    Ahead ahead(int64_t r, int64_t height, const Shape& shape) const {
+        const int64_t next = std::min(r + height, shape.out);
+        return {start(next, shape) - start(r, shape), height * shape.row_bytes};
     }
     Value* pad(const Shape& shape) {
         padded_row = shape.out;
@@ -263,7 +277,7 @@ static void rows_by_batch(const Weight& weight, const X* x, const Shape& shape, 
     for (int r = 0; r < HEIGHT; ++r)
         rows[r] = weight.row(std::min(column + r, shape.out - 1), shape);
     float sums[HEIGHT][BATCH];
-    dot(rows, x, shape, sums);
+    dot(rows, x, shape, weight.ahead(column, HEIGHT, shape), sums);
     const int64_t end = std::min(column + HEIGHT, shape.out);
     for (int b = 0; b < BATCH; ++b)
         for (int64_t c = column; c < end; ++c)
@@ -300,6 +314,11 @@ static void group(const Weight& weight, const X* x, const Shape& shape, const Ta
         }
         done += block;
     }
+}
+
+// Whether x lies as dot() reads it already.
+static bool is_staged(const Shape& shape, int64_t batch) {
+    return std::is_same_v<X, Value> && batch == 1 && shape.rest() == 0;
 }
 
 // Copies `batch` rows of x into the order and type that dot() reads, columns padded with zeros.
@@ -340,9 +359,11 @@ extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const ui
     const int64_t groups = (out + ROWS - 1) / ROWS;
     for (int64_t first = 0; first < batch; first += CHUNK) {
         const int64_t rows = std::min(CHUNK, batch - first);
-        stage(x + first * in, staged, shape, rows);
+        const bool as_it_is = is_staged(shape, rows);
+        if (!as_it_is) stage(x + first * in, staged, shape, rows);
+        const X* ready = as_it_is ? reinterpret_cast<const X*>(x + first * in) : staged;
         parallel_for(groups, rows * in * out > SMALL ? threads : 1, [&](int64_t g) {
-            group(weight, staged, shape, tail, g * ROWS, first, rows);
+            group(weight, ready, shape, tail, g * ROWS, first, rows);
         });
     }
     std::free(padded);
