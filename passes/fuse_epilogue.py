@@ -1,7 +1,7 @@
 """packed -> packed:  relu(nm_linear(x, ..., epilogue, extras))
                 =>  nm_linear(x, ..., epilogue;relu, extras)
 
-The same for silu, gelu, `y + residual`, `y * gate` and `y * number`, and for bitmap_linear.
+The same for silu, gelu, `y + residual`, `y * gate` and `y * number`, and for the other layouts.
 Runs after packing. The linear must have no other user, and the operand of + and * must have the
 linear's shape and dtype (a kernel reads it where it stores).
 """
@@ -86,7 +86,8 @@ def _append(
         return None
     text = join((*parse(epilogue), step))
     node = site.call(linear.target, *head, text, extras)
-    for key in ("sparsefx_row", "sparsefx_weight", "nn_module_stack"):
+    node.kwargs = linear.kwargs
+    for key in ("sparsefx_row", "sparsefx_weight", "sparsefx_packing", "nn_module_stack"):
         if key in linear.meta:
             node.meta[key] = linear.meta[key]
     return node

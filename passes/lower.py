@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from sparsefx import choice, dump, guard
 from sparsefx.ops import PACKED_OPS
+from sparsefx.packing import Packing
 from sparsefx.passes.dense_form import dense_form
 from sparsefx.passes.packed_node import PackedNode
 from sparsefx.pipeline import PassContext
@@ -27,7 +28,10 @@ Judge = Callable[[LinearSpec, Tensor, Tensor | None, Lowering], guard.Verdict]
 
 @dataclass(frozen=True)
 class Lower:
-    """Gives each packed node to the fastest of the target's kernels that accept it and win."""
+    """Gives each packed node to the fastest of the target's kernels that accept it and win.
+
+    Where none does, the same weight is offered in its other packings, unquantised in the end.
+    """
 
     target: Target
     judge: Judge = field(compare=False)
@@ -43,40 +47,60 @@ class Lower:
 
 
 def _lower(options: Lower, packed: PackedNode) -> int:
-    spec, reasons = packed.spec(), choice.Reasons()
-    offers = choice.built(
-        choice.configurations(_accepting(options, packed, spec, reasons), spec),
-        spec,
-        packed.packed,
-        reasons,
-    )
-    weight, bias = packed.dense(), packed.bias_value
-    chosen = choice.fastest(
-        offers, spec, lambda at, each: options.judge(at, weight, bias, each), options.proof, reasons
-    )
-    _tell(packed, chosen)
-    if chosen.offer is None:
-        layout = "N:M" if spec.layout == "nm" else spec.layout
+    reasons, tried = choice.Reasons(), []
+    for packing in (packed.packing, *packed.packing.alternatives()):
+        tried.append(_chosen(options, packed, packing, reasons))
+        if tried[-1].offer is not None:
+            break
+    _tell(packed, min(tried, key=_distance))
+    offer = tried[-1].offer
+    if offer is None:
+        layout = {"nm": "N:M"}.get(packed.packing.layout, packed.packing.layout)
         nothing = f"target {options.target.name} has no {layout} kernel"
         packed.ctx.decline(packed.node, str(reasons) or nothing)
         _replace(packed, dense_form(packed, options.name))
         return 0
     packed.ctx.baked.add(packed.weight[0])
-    _replace(packed, _kernel_call(packed, chosen.offer.lowering))
+    _replace(packed, _kernel_call(packed, offer.lowering))
     return 1
 
 
+def _distance(chosen: choice.Choice) -> tuple[bool, float]:
+    """Smallest for the offer to run; else for the one that came closest to dense."""
+    ratio = float("inf") if chosen.verdict is None else chosen.verdict.ratio
+    return chosen.offer is None, ratio
+
+
+def _chosen(
+    options: Lower, packed: PackedNode, packing: Packing, reasons: choice.Reasons
+) -> choice.Choice:
+    """The fastest kernel for the weight as `packing` stores it."""
+    kernels = [each for each in options.target.kernels if each.layout == packing.layout]
+    if not kernels:
+        return choice.Choice(None, None)
+    spec = packed.spec(packing)
+    offers = choice.built(
+        choice.configurations(_accepting(packed, kernels, spec, reasons), spec),
+        spec,
+        packed.packed_as(packing),
+        reasons,
+    )
+    weight, bias = packed.dense(), packed.bias_value
+    return choice.fastest(
+        offers, spec, lambda at, each: options.judge(at, weight, bias, each), options.proof, reasons
+    )
+
+
 def _accepting(
-    options: Lower, packed: PackedNode, spec: LinearSpec, reasons: choice.Reasons
+    packed: PackedNode, kernels: list[Kernel], spec: LinearSpec, reasons: choice.Reasons
 ) -> list[Kernel]:
     accepting = []
-    for kernel in options.target.kernels:
-        if kernel.layout == spec.layout:
-            refusal = kernel.accepts(spec) or packed.refusal(spec)
-            if refusal:
-                reasons.add(kernel, refusal)
-            else:
-                accepting.append(kernel)
+    for kernel in kernels:
+        refusal = kernel.accepts(spec) or packed.refusal(spec)
+        if refusal:
+            reasons.add(kernel, refusal)
+        else:
+            accepting.append(kernel)
     return accepting
 
 

@@ -1,21 +1,19 @@
 """masked -> packed:  linear(x, mask(w, keep), b)  =>  bitmap_linear(x, values, bits, row_ptr, b)
 
-Runs after PackNM and takes what it left: unstructured weights, and blocks, for which there is no
-kernel of their own yet.
+Runs after PackNM and PackBlock and takes what they left.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import fx
 
-from sparsefx.formats import pack_bitmap
 from sparsefx.masked import MaskedLinear, rules
+from sparsefx.packing import Packing
+from sparsefx.passes.store import store
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Decline, Site, rewrite
 
-_bitmap_linear = torch.ops.sparsefx.bitmap_linear.default
 _LIMIT = 2**31
 
 
@@ -34,14 +32,6 @@ class PackBitmap:
 def _pack(ctx: PassContext, site: Site, linear: MaskedLinear) -> fx.Node | Decline | None:
     if linear.weight.numel() >= _LIMIT:
         return Decline("a bitmap counts nonzeros in 32 bits and the weight has more elements")
-    parts = ctx.weights.packed(
-        linear.weight, linear.transposed, "bitmap", lambda w: tuple(pack_bitmap(w))
-    )
-    names = ("values", "bits", "row_ptr")
-    stored = [
-        site.constant(f"{linear.w.target}_{name}", part)
-        for name, part in zip(names, parts, strict=True)
-    ]
-    node = site.call(_bitmap_linear, linear.x, *stored, linear.bias, "", [])
-    node.meta["sparsefx_weight"] = (str(linear.w.target), linear.transposed)
-    return node
+    pattern = ctx.weights.found(linear.weight, linear.transposed).pattern
+    packing = Packing("bitmap") if pattern is None else Packing.of(pattern).as_bitmap()
+    return store(ctx, site, linear, packing)

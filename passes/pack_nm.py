@@ -7,16 +7,13 @@ others as they are. Decided from the zeros alone: the packed weight is w, bit fo
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import fx
 
-from sparsefx.formats import pack_nm
 from sparsefx.masked import MaskedLinear, rules
+from sparsefx.packing import Packing
+from sparsefx.passes.store import store
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import Decline, Site, rewrite
-from sparsefx.spec import NM
-
-_nm_linear = torch.ops.sparsefx.nm_linear.default
 
 
 @dataclass(frozen=True)
@@ -33,16 +30,7 @@ class PackNM:
 
 def _pack(ctx: PassContext, site: Site, linear: MaskedLinear) -> fx.Node | Decline | None:
     pattern = ctx.weights.found(linear.weight, linear.transposed).pattern
-    if not isinstance(pattern, NM):
+    packing = None if pattern is None else Packing.of(pattern)
+    if packing is None or packing.layout != "nm":
         return None
-    n, m = pattern.n, pattern.m
-    values, index = ctx.weights.packed(
-        linear.weight, linear.transposed, f"{n}:{m}", lambda w: tuple(pack_nm(w, n, m))
-    )
-    stored = [
-        site.constant(f"{linear.w.target}_values", values),
-        site.constant(f"{linear.w.target}_index", index),
-    ]
-    node = site.call(_nm_linear, linear.x, *stored, linear.bias, n, m, "", [])
-    node.meta["sparsefx_weight"] = (str(linear.w.target), linear.transposed)
-    return node
+    return store(ctx, site, linear, packing)

@@ -7,10 +7,9 @@ from torch import Tensor, fx
 
 from sparsefx.attributes import get_tensor
 from sparsefx.candidates import rows_of
+from sparsefx.packing import PARTS, Packing
 from sparsefx.pipeline import PassContext
 from sparsefx.target import LinearSpec
-
-_nm_linear = torch.ops.sparsefx.nm_linear.default
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,21 @@ class PackedNode:
         return x
 
     @property
+    def packing(self) -> Packing:
+        """How its weight is stored."""
+        packing = self.node.meta["sparsefx_packing"]
+        assert isinstance(packing, Packing)
+        return packing
+
+    @property
     def stored(self) -> list[fx.Node]:
         """The nodes of its packed tensors."""
-        count = 2 if self.node.target is _nm_linear else 3
-        return list(self.node.args[1 : 1 + count])  # type: ignore[arg-type]
+        scales = [self.node.kwargs["scales"]] if self.packing.values else []
+        return [*self.node.args[1 : self._bias_at], *scales]  # type: ignore[list-item]
+
+    @property
+    def _bias_at(self) -> int:
+        return 1 + len(PARTS[self.packing.layout])
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -42,7 +52,7 @@ class PackedNode:
     @property
     def bias(self) -> fx.Node | None:
         """The node of its bias."""
-        return self.node.args[1 + len(self.stored)]  # type: ignore[return-value]
+        return self.node.args[self._bias_at]  # type: ignore[return-value]
 
     @property
     def bias_value(self) -> Tensor | None:
@@ -75,23 +85,33 @@ class PackedNode:
         weight = self.ctx.dense[name].detach()
         return weight.t() if transposed else weight
 
-    def spec(self) -> LinearSpec:
-        """What kernels may know of it."""
+    def packed_as(self, packing: Packing) -> tuple[Tensor, ...]:
+        """Its weight stored as `packing` says, made once a model."""
+        if packing == self.packing:
+            return self.packed
+        name, transposed = self.weight
+        weights = self.ctx.weights
+        return weights.packed(self.ctx.dense[name], transposed, repr(packing), packing.pack)
+
+    def spec(self, packing: Packing) -> LinearSpec:
+        """What kernels may know of it, stored as `packing` says."""
         rows, vary = rows_of(self.x)
-        dense, values = self.dense(), self.packed[0]
-        is_nm = self.node.target is _nm_linear
+        dense = self.dense()
         return LinearSpec(
-            layout="nm" if is_nm else "bitmap",
+            layout=packing.layout,
             out_features=dense.shape[0],
             in_features=dense.shape[1],
-            n=int(self.node.args[4]) if is_nm else 0,  # type: ignore[arg-type]
-            m=int(self.node.args[5]) if is_nm else 0,  # type: ignore[arg-type]
-            density=values.numel() / max(1, dense.numel()),
+            n=packing.n,
+            m=packing.m,
+            density=packing.density(self.packed_as(packing), dense.numel()),
             dtype=dense.dtype,
             has_bias=self.bias is not None,
             epilogue=self.epilogue,
             rows=rows,
             rows_vary=vary,
+            block=packing.block,
+            values=packing.values,
+            group=packing.group,
         )
 
     def refusal(self, spec: LinearSpec) -> str | None:

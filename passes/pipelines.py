@@ -14,6 +14,7 @@ from sparsefx.passes.insert_masks import InsertMasks
 from sparsefx.passes.lower import Judge, Lower
 from sparsefx.passes.lower_attention import AttentionJudge, LowerAttention
 from sparsefx.passes.pack_bitmap import PackBitmap
+from sparsefx.passes.pack_block import PackBlock
 from sparsefx.passes.pack_nm import PackNM
 from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 from sparsefx.pipeline import Pass
@@ -40,13 +41,14 @@ def inference(target: Target, judges: Judges, wanted: Wanted = DENSE) -> tuple[P
     )
 
 
-def packing(wanted: Wanted = DENSE) -> tuple[Pass, ...]:
-    """Down to packed dialect nodes: what ONNX export takes."""
+def packing(wanted: Wanted = DENSE, *, blocks: bool = True) -> tuple[Pass, ...]:
+    """Down to packed dialect nodes; without `blocks`, which become bitmaps: what ONNX takes."""
     return (
         Detect(attention=bool(wanted)),
         *thresholding(wanted),
         InsertMasks(),
         PackNM(),
+        *((PackBlock(),) if blocks else ()),
         PackBitmap(),
         FoldMasks(),
         FuseEpilogue(),

@@ -2,8 +2,9 @@
 
 seconds = max(flops / peak, bytes / bandwidth) + launch      (Williams et al. 2009, CACM 52(4))
 
-Bytes count each operand once: input, stored weight, output. Packed kernels "load sparse, compute
-dense": they move fewer bytes and multiply as often as dense, so that flops are those of dense.
+Bytes count each operand once: input, stored weight, output. Kernels of N:M and bitmap "load sparse,
+compute dense": they move fewer bytes and multiply as often as dense, so that flops are those of
+dense. Kernels of blocks skip those of zeros: flops shrink with the density.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import torch
 from sparsefx.devices import Device
 from sparsefx.errors import UnknownOption
 from sparsefx.formats import index_bits
+from sparsefx.quantise import LARGEST
 
 Size: TypeAlias = int | sympy.Expr
 Share: TypeAlias = int | float | sympy.Expr
 
-LAYOUTS = ("dense", "nm", "bitmap")
+LAYOUTS = ("dense", "nm", "bitmap", "block")
+
+_VALUE_BYTES = {kind: sympy.Rational(1, 2) if kind == "int4" else 1 for kind in LARGEST}
 
 
 @dataclass(frozen=True)
@@ -58,32 +62,64 @@ def linear_cost(
     m: int,
     density: Share,
     dtype: torch.dtype,
+    *,
+    block: tuple[int, int] = (0, 0),
+    values: str = "",
+    group: int = 0,
 ) -> Cost:
-    """Cost of x [rows, in_] times a weight [out, in_] stored as "dense", "nm" or "bitmap".
+    """Cost of x [rows, in_] times a weight [out, in_] stored in one of LAYOUTS.
 
     `rows` is the product of x's leading sizes, such as B * L; sizes may be ints or sympy symbols.
-    `n` and `m` are read by "nm", `density` (share of stored values) by "bitmap". The bias is left
-    out: `out` values, the same in each layout. Raises UnknownOption for another layout.
+    `n` and `m` are read by "nm", `density` (share of stored values) by "bitmap" and "block",
+    `block` by "block"; `values` and `group` as in `target.LinearSpec`. The bias is left out: `out`
+    values, the same in each layout. Raises UnknownOption for another layout.
     """
     ends = (sympy.sympify(rows) * in_ + sympy.sympify(rows) * out) * dtype.itemsize
-    weight = weight_bytes(layout, out, in_, n, m, density, dtype)
-    return Cost(2 * sympy.sympify(rows) * out * in_, ends + weight, dtype)
+    weight = weight_bytes(
+        layout, out, in_, n, m, density, dtype, block=block, values=values, group=group
+    )
+    flops = 2 * sympy.sympify(rows) * out * in_
+    if layout == "block":
+        flops = flops * sympy.sympify(density)
+    return Cost(flops, ends + weight, dtype)
 
 
 def weight_bytes(
-    layout: str, out: Size, in_: Size, n: int, m: int, density: Share, dtype: torch.dtype
+    layout: str,
+    out: Size,
+    in_: Size,
+    n: int,
+    m: int,
+    density: Share,
+    dtype: torch.dtype,
+    *,
+    block: tuple[int, int] = (0, 0),
+    values: str = "",
+    group: int = 0,
 ) -> sympy.Expr:
-    """Bytes of a stored weight [out, in_], exactly those of the tensors that formats.py makes."""
+    """Bytes of a stored weight [out, in_], exactly those of the tensors that packing.py makes.
+
+    But int4 codes of a bitmap, whose rows may be filled up by half a byte each.
+    """
     out, in_ = sympy.sympify(out), sympy.sympify(in_)
+    size = _VALUE_BYTES[values] if values else dtype.itemsize
+    groups = sympy.ceiling(in_ / group) if group else 1
+    scales = out * groups * dtype.itemsize if values else sympy.Integer(0)
     match layout:
         case "dense":
-            return out * in_ * dtype.itemsize
+            return out * sympy.ceiling(in_ * size) + scales
         case "nm":
             kept = in_ * sympy.Rational(n, m)  # values of a row
-            return out * (kept * dtype.itemsize + sympy.ceiling(kept * index_bits(m) / 8))
+            index = sympy.ceiling(kept * index_bits(m) / 8)
+            return out * (sympy.ceiling(kept * size) + index) + scales
         case "bitmap":
-            values = sympy.sympify(density) * out * in_ * dtype.itemsize
-            return values + out * sympy.ceiling(in_ / 8) + 4 * (out + 1)  # bits, row_ptr int32
+            stored = sympy.sympify(density) * out * in_ * size
+            return stored + out * sympy.ceiling(in_ / 8) + 4 * (out + 1) + scales  # row_ptr int32
+        case "block":
+            high, wide = block
+            blocks = sympy.sympify(density) * out * in_ / (high * wide)
+            each = high * sympy.ceiling(wide * size) + 4  # a column int32
+            return blocks * (each + (dtype.itemsize if values else 0)) + 4 * (out / high + 1)
         case _:
             raise UnknownOption(option="layout", value=layout, known=", ".join(LAYOUTS))
 
@@ -140,7 +176,8 @@ def crossover_rows(
 ) -> int | None:
     """The number of rows from which on dense is at least as fast by the model; None for "never".
 
-    Both do the same flops, so they are level as soon as dense is bound by compute:
+    layout: "nm" or "bitmap". Both do the same flops as dense, so they are level as soon as dense is
+    bound by compute:
 
         rows f / peak >= (rows a + w) / bandwidth      f flops and a bytes a row, w weight bytes
 

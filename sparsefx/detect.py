@@ -3,7 +3,7 @@
 Candidates are compared by the bits they store per dense element, at 16-bit values:
 
     n:m     n/m * (16 + index_bits(m))
-    block   (1 - share of zero blocks) * 16
+    block   (1 - share of zero blocks) * (16 + 32 / elements of a block)
     bitmap  (1 - sparsity) * 16 + 1
 """
 
@@ -16,8 +16,10 @@ from sparsefx.formats import NM_GROUPS, index_bits
 from sparsefx.spec import NM, Block, Pattern, Unstructured
 
 BLOCK_SIZES = (128, 64, 32, 16)
+RUN = 16  # blocks of one row, as GQSA prunes them (arXiv 2412.17560)
 MINIMUM_SPARSITY = 0.25
 VALUE_BITS = 16
+_COLUMN_BITS = 32  # of a stored block
 
 # n:m and blocks may cost this much more than a bitmap and still be chosen: a fixed number of values
 # in each group needs no row offsets, and loops over it have a static length. 7/6 is the least that
@@ -46,13 +48,15 @@ class ZeroCount:
 
     elements; nonzeros; fullest: m -> most nonzeros in any group of m along a row, for each m of
     4, 8, 16 that divides the row length; zero_blocks: size -> (zero blocks, all blocks), for each
-    size that divides both dimensions.
+    size that divides both dimensions; zero_runs: the same of 1 x RUN blocks, (0, 0) if RUN does not
+    divide the row length.
     """
 
     elements: int
     nonzeros: int = 0
     fullest: dict[int, int] = field(default_factory=dict)
     zero_blocks: dict[int, tuple[int, int]] = field(default_factory=dict)
+    zero_runs: tuple[int, int] = (0, 0)
 
     @property
     def sparsity(self) -> float:
@@ -63,7 +67,8 @@ class ZeroCount:
 def tightest(weight: Tensor) -> Found:
     """The cheapest pattern that holds for the zeros of `weight` [out, in].
 
-    Looks for N:M (m = 4, 8, 16), square blocks of 16 to 128, and unstructured zeros. Applying the
+    Looks for N:M (m = 4, 8, 16), blocks of 16 x 16 to 128 x 128 and 1 x 16, and unstructured zeros.
+    Applying the
     found pattern by magnitude leaves the weight as it is. N:M and blocks win over unstructured up
     to STRUCTURE_WORTH times its bits; among equals larger blocks, then the smaller m.
     """
@@ -110,8 +115,12 @@ def _add_chunk(count: ZeroCount, nonzero: Tensor) -> None:
             sums[m] = sums[m // 2][:, 0::2] + sums[m // 2][:, 1::2]
     for m, per_group in sums.items():
         count.fullest[m] = max(count.fullest.get(m, 0), int(per_group.max()))
-    if width % 16 == 0 and rows % 16 == 0:
-        _add_blocks(count, sums[16] != 0)
+    if width % RUN == 0:
+        occupied = sums[RUN] != 0
+        zero, runs = count.zero_runs
+        count.zero_runs = zero + int((~occupied).sum()), runs + occupied.numel()
+        if rows % RUN == 0:
+            _add_blocks(count, occupied)
 
 
 def _add_blocks(count: ZeroCount, occupied: Tensor) -> None:
@@ -128,11 +137,12 @@ def _add_blocks(count: ZeroCount, occupied: Tensor) -> None:
 def _structured_costs(count: ZeroCount) -> dict[Pattern, float]:
     """Bits per dense element of every N:M and block pattern that holds."""
     costs: dict[Pattern, float] = {}
-    for size in BLOCK_SIZES:
-        zero, blocks = count.zero_blocks.get(size, (0, 0))
-        zero = min(zero, blocks - 1)
-        if zero > 0:
-            costs[Block(size, size, zero / blocks)] = (1 - zero / blocks) * VALUE_BITS
+    shapes = {(size, size): count.zero_blocks.get(size, (0, 0)) for size in BLOCK_SIZES}
+    for (rows, cols), (zero, blocks) in {**shapes, (1, RUN): count.zero_runs}.items():
+        share = min(zero, blocks - 1) / max(1, blocks)
+        if share > 0:
+            bits = VALUE_BITS + _COLUMN_BITS / (rows * cols)
+            costs[Block(rows, cols, share)] = (1 - share) * bits
     for m in NM_GROUPS:
         n = max(1, count.fullest.get(m, m))
         if n < m:

@@ -1,4 +1,4 @@
-"""Dense <-> packed weights: N:M and bitmap; exact inverses of each other.
+"""Dense <-> packed weights: N:M, bitmap and block; exact inverses of each other.
 
 N:M   values [out, in*n/m] in the weight's dtype, in column order;
       index uint8 [out, in*n/m * bits/8]: the column of each value inside its group of m,
@@ -7,8 +7,12 @@ N:M   values [out, in*n/m] in the weight's dtype, in column order;
       columns ascend.
 bitmap  values [nnz] in row order; bits uint8 [out, ceil(in/8)], lowest bit = lowest column;
         row_ptr int32 [out + 1]: row r owns values[row_ptr[r]:row_ptr[r + 1]].
+block   values [blocks, r, c], the blocks that hold a nonzero, row of blocks by row of blocks;
+        columns int32 [blocks]: the block column of each, ascending in a row of blocks;
+        row_ptr int32 [out/r + 1]: block row i owns values[row_ptr[i]:row_ptr[i + 1]].
 
-A kept value may itself be zero; `-0.0` counts as zero.
+A kept value may itself be zero; `-0.0` counts as zero. Values may be codes of a quantised weight
+(packing.py).
 """
 
 from typing import NamedTuple
@@ -33,6 +37,14 @@ class PackedBitmap(NamedTuple):
 
     values: Tensor
     bits: Tensor
+    row_ptr: Tensor
+
+
+class PackedBlock(NamedTuple):
+    """A weight stored as dense blocks."""
+
+    values: Tensor
+    columns: Tensor
     row_ptr: Tensor
 
 
@@ -64,7 +76,7 @@ def pack_nm(weight: Tensor, n: int, m: int) -> PackedNM:
     kept = _exactly_n(weight.reshape(weight.shape[0], -1, m) != 0, n)
     values = weight.reshape(kept.shape)[kept].view(weight.shape[0], -1)
     columns = kept.nonzero()[:, 2].view(weight.shape[0], -1)
-    index = _pack_fields(columns.to(torch.uint8), index_bits(m))
+    index = pack_fields(columns.to(torch.uint8), index_bits(m))
     return PackedNM(values, index)
 
 
@@ -72,7 +84,7 @@ def unpack_nm(packed: PackedNM, n: int, m: int) -> Tensor:
     """The dense weight [out, in] of an N:M packing."""
     values, index = packed
     out, kept = values.shape
-    columns = _unpack_fields(index, index_bits(m), kept).long().view(out, -1, n)
+    columns = unpack_fields(index, index_bits(m), kept).long().view(out, -1, n)
     dense = values.new_zeros(out, kept // n, m)
     return dense.scatter_(-1, columns, values.view(out, -1, n)).view(out, -1)
 
@@ -82,7 +94,7 @@ def index_columns(index: Tensor, m: int) -> Tensor:
 
     Those behind the last value of a row are padding.
     """
-    return _unpack_fields(index, index_bits(m), index.shape[1] * 8 // index_bits(m))
+    return unpack_fields(index, index_bits(m), index.shape[1] * 8 // index_bits(m))
 
 
 def pack_bitmap(weight: Tensor) -> PackedBitmap:
@@ -90,10 +102,7 @@ def pack_bitmap(weight: Tensor) -> PackedBitmap:
     if weight.dim() != 2:
         raise _wrong("weight", weight.shape, "a bitmap holds a matrix")
     keep = weight != 0
-    bits = pack_bits(keep)
-    row_ptr = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
-    row_ptr[1:] = keep.sum(1).cumsum(0)
-    return PackedBitmap(weight[keep], bits, row_ptr)
+    return PackedBitmap(weight[keep], pack_bits(keep), offsets(keep.sum(1)))
 
 
 def unpack_bitmap(packed: PackedBitmap, in_features: int) -> Tensor:
@@ -103,14 +112,49 @@ def unpack_bitmap(packed: PackedBitmap, in_features: int) -> Tensor:
     return dense.masked_scatter_(keep, packed.values)
 
 
+def pack_block(weight: Tensor, rows: int, cols: int) -> PackedBlock:
+    """Packs any `weight` [out, in] as blocks of `rows` x `cols`; bits inside a block are kept.
+
+    Raises ShapeMismatch if it is no grid of such blocks.
+    """
+    if weight.dim() != 2 or min(rows, cols) < 1 or weight.shape[0] % rows or weight.shape[1] % cols:
+        raise _wrong("weight", weight.shape, f"it is not a grid of {rows} x {cols} blocks")
+    tiles = weight.reshape(weight.shape[0] // rows, rows, -1, cols).transpose(1, 2)
+    keep = (tiles != 0).flatten(2).any(-1)
+    columns = keep.nonzero()[:, 1].to(torch.int32)
+    return PackedBlock(tiles[keep].contiguous(), columns, offsets(keep.sum(1)))
+
+
+def unpack_block(packed: PackedBlock, in_features: int) -> Tensor:
+    """The dense weight [out, in_features] of a block packing."""
+    values, columns, row_ptr = packed
+    rows, cols = values.shape[1:]
+    tiles = values.new_zeros(len(row_ptr) - 1, in_features // cols, rows, cols)
+    tiles[block_rows(row_ptr), columns.long()] = values
+    return tiles.transpose(1, 2).reshape(-1, in_features).contiguous()
+
+
+def block_rows(row_ptr: Tensor) -> Tensor:
+    """The row of blocks of each stored block, int64 [blocks]."""
+    numbers = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
+    return numbers.repeat_interleave(row_ptr.diff())
+
+
+def offsets(counts: Tensor) -> Tensor:
+    """int32 [k + 1]: where the entries of each of k rows start, from their counts [k]."""
+    row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    row_ptr[1:] = counts.cumsum(0)
+    return row_ptr
+
+
 def pack_bits(keep: Tensor) -> Tensor:
     """Bool [out, in] as uint8 [out, ceil(in/8)], lowest bit = lowest column."""
-    return _pack_fields(keep.to(torch.uint8), 1)
+    return pack_fields(keep.to(torch.uint8), 1)
 
 
 def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     """Inverse of `pack_bits`."""
-    return _unpack_fields(bits, 1, in_features).bool()
+    return unpack_fields(bits, 1, in_features).bool()
 
 
 def _exactly_n(keep: Tensor, n: int) -> Tensor:
@@ -124,7 +168,7 @@ def _exactly_n(keep: Tensor, n: int) -> Tensor:
     return keep | (~keep & ((~keep).cumsum(-1, dtype=torch.int8) <= missing))
 
 
-def _pack_fields(fields: Tensor, bits: int) -> Tensor:
+def pack_fields(fields: Tensor, bits: int) -> Tensor:
     """uint8 [out, k] of `bits`-wide numbers, 8/bits to a byte, first lowest; padded by zeros."""
     per_byte = 8 // bits
     padding = -fields.shape[1] % per_byte
@@ -135,7 +179,8 @@ def _pack_fields(fields: Tensor, bits: int) -> Tensor:
     return lanes.sum(-1, dtype=torch.uint8).contiguous()
 
 
-def _unpack_fields(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_fields(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack_fields`: uint8 [out, count]."""
     shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
     lanes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)  # torch says Any
     return lanes.flatten(1)[:, :count]

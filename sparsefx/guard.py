@@ -113,7 +113,16 @@ def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> V
 def _modelled(spec: LinearSpec, device: devices.Device, rows: int) -> Verdict:
     def microseconds(layout: str) -> float:
         sizes = (spec.out_features, spec.in_features, rows, spec.n, spec.m)
-        return linear_cost(layout, *sizes, spec.density, spec.dtype).seconds(device) * 1e6
+        work = linear_cost(
+            layout,
+            *sizes,
+            spec.density,
+            spec.dtype,
+            block=spec.block,
+            values="" if layout == "dense" else spec.values,
+            group=spec.group,
+        )
+        return work.seconds(device) * 1e6
 
     return Verdict(microseconds("dense"), microseconds(spec.layout), "modelled")
 

@@ -14,6 +14,7 @@ from sparsefx.passes.fold_masks import FoldMasks
 from sparsefx.passes.fuse_epilogue import FuseEpilogue
 from sparsefx.passes.insert_masks import InsertMasks
 from sparsefx.passes.pack_bitmap import PackBitmap
+from sparsefx.passes.pack_block import PackBlock
 from sparsefx.passes.pack_nm import PackNM
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.spec import NM, Pattern, Unstructured
@@ -22,7 +23,7 @@ WIDTH = 16
 TWO_FOUR, HALF = NM(2, 4), Unstructured(0.75)
 
 MASKED: tuple[Pass, ...] = (Detect(), InsertMasks())
-PACKED: tuple[Pass, ...] = (*MASKED, PackNM(), PackBitmap())
+PACKED: tuple[Pass, ...] = (*MASKED, PackNM(), PackBlock(), PackBitmap())
 FUSED: tuple[Pass, ...] = (*PACKED, FoldMasks(), FuseEpilogue())
 
 

@@ -10,8 +10,10 @@ import torch
 
 from sparsefx import cost, devices
 from sparsefx.errors import UnknownOption
-from sparsefx.formats import pack_bitmap, pack_nm
-from sparsefx.spec import NM, Unstructured
+from sparsefx.formats import pack_bitmap, pack_block, pack_nm
+from sparsefx.packing import Packing
+from sparsefx.quantise import LARGEST, rounded
+from sparsefx.spec import NM, Block, Unstructured
 
 A100 = devices.named("A100")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,15 +46,62 @@ def test_nm_bytes_are_those_of_the_tensors(seed: int, n: int, m: int) -> None:
     assert stated == sum(tensor.nbytes for tensor in packed), f"seed {seed}: {out} x {groups * m}"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_block_bytes_are_those_of_the_tensors(seed: int) -> None:
+    high, wide, dtype = random_sizes(seed)
+    weight = torch.randn(3 * high, 2 * wide, generator=torch.Generator().manual_seed(seed))
+    weight = weight.where(Block(high, wide, 0.5).keep(weight.abs()), 0).to(dtype)
+    packed = pack_block(weight, high, wide)
+    stated = cost.weight_bytes(
+        "block", *weight.shape, 0, 0, sympy.Rational(1, 2), dtype, block=(high, wide)
+    )
+    assert stated == sum(tensor.nbytes for tensor in packed), f"seed {seed}: {high} x {wide}"
+
+
+@pytest.mark.parametrize("values", LARGEST)
+@pytest.mark.parametrize(
+    ("packing", "pattern", "shape"),
+    [
+        (Packing("nm", n=1, m=4), NM(1, 4), (3, 60)),
+        (Packing("nm", n=2, m=4, group=32), NM(2, 4), (3, 80)),
+        (Packing("bitmap", group=16), NM(2, 4), (3, 80)),
+        (Packing("block", block=(3, 5)), Block(3, 5, 0.5), (6, 20)),
+    ],
+    ids=str,
+)
+def test_quantised_bytes_are_those_of_the_tensors(
+    packing: Packing, pattern: NM | Block, shape: tuple[int, int], values: str
+) -> None:
+    packing = replace(packing, values=values)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    weight = weight.where(pattern.keep(weight.abs().float()), 0)
+    weight[weight.abs() < 0.05] *= 8  # so that no code is 0, and the density is the pattern's
+    weight = rounded(weight, values, packing.tile(shape[1]))
+    tensors = packing.pack(weight)
+    stated = cost.weight_bytes(
+        packing.layout,
+        *shape,
+        packing.n,
+        packing.m,
+        sympy.nsimplify(packing.density(tensors, weight.numel())),
+        weight.dtype,
+        block=packing.block,
+        values=values,
+        group=packing.group,
+    )
+    assert stated == sum(tensor.nbytes for tensor in tensors)
+
+
 @pytest.mark.parametrize("layout", cost.LAYOUTS)
 def test_symbols_and_numbers_agree(layout: str) -> None:
     batch, length, out, in_ = sympy.symbols("B L out in_", positive=True, integer=True)
     rest = (2, 4, 0.5, torch.float16)
-    symbolic = cost.linear_cost(layout, out, in_, batch * length, *rest)
-    numeric = cost.linear_cost(layout, 96, 64, 3 * 17, *rest)
+    symbolic = cost.linear_cost(layout, out, in_, batch * length, *rest, block=(16, 32))
+    numeric = cost.linear_cost(layout, 96, 64, 3 * 17, *rest, block=(16, 32))
     by_symbols = symbolic.seconds(A100, B=3, L=17, out=96, in_=64)
     assert by_symbols == pytest.approx(numeric.seconds(A100), rel=1e-12)
-    assert symbolic.flops == 2 * batch * length * out * in_
+    share = 0.5 if layout == "block" else 1  # kernels of blocks skip, the others do all the work
+    assert symbolic.flops == 2 * batch * length * out * in_ * share
 
 
 def test_seconds_of_a_known_case() -> None:
@@ -68,7 +117,7 @@ def test_seconds_of_a_known_case() -> None:
 @pytest.mark.parametrize("layout", cost.LAYOUTS)
 def test_more_rows_never_cost_less(device: devices.Device, layout: str) -> None:
     rows = sympy.Symbol("rows", positive=True, integer=True)
-    node = cost.linear_cost(layout, 512, 512, rows, 2, 4, 0.3, torch.bfloat16)
+    node = cost.linear_cost(layout, 512, 512, rows, 2, 4, 0.3, torch.bfloat16, block=(16, 16))
     times = [node.seconds(device, rows=2**power) for power in range(14)]
     assert times == sorted(times)
 

@@ -38,6 +38,18 @@ def test_blocks_are_found_at_their_size(size: int, sparsity: float) -> None:
     assert tightest(planted(pattern, 2 * size, 2 * size)) == Found(pattern, sparsity)
 
 
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("out", [1, 24])
+def test_blocks_of_a_row_are_found(out: int, sparsity: float) -> None:
+    pattern = Block(1, 16, sparsity)
+    assert tightest(planted(pattern, out, 8 * 16)) == Found(pattern, sparsity)
+
+
+def test_larger_blocks_win_over_those_of_a_row() -> None:
+    weight = planted(Block(16, 16, 0.5), 64, 64)
+    assert tightest(weight).pattern == Block(16, 16, 0.5)
+
+
 @EXAMPLES
 @given(SEEDS, st.integers(16, 40), st.integers(33, 70), st.floats(0.26, 0.9))
 def test_unstructured_zeros_are_found_with_their_ratio(
@@ -88,6 +100,8 @@ def test_counts_equal_a_plain_count_in_any_chunking(
     for size, (zero, blocks) in whole.zero_blocks.items():
         tiles = weight.view(out // size, size, width // size, size).sum((1, 3))
         assert (zero, blocks) == (int((tiles == 0).sum()), tiles.numel())
+    runs = weight.view(out, width // 16, 16).sum(2)
+    assert whole.zero_runs == (int((runs == 0).sum()), runs.numel())
     divides = {size for size in (16, 32, 64, 128) if out % size == 0 and width % size == 0}
     assert set(whole.zero_blocks) == divides
     assert count_zeros(weight.t().contiguous().t()) == whole

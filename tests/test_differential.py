@@ -34,7 +34,7 @@ def assert_close(result: Tensor, case: Sample, where: str) -> None:
 
 def assert_counts(counts: dict[str, int], case: Sample) -> None:
     """Each linear that reads a weight with a pattern is found, masked, packed and lowered once."""
-    packed = counts["pack_nm"] + counts["pack_bitmap"]
+    packed = counts["pack_nm"] + counts["pack_block"] + counts["pack_bitmap"]
     found = (counts["detect"], counts["insert_masks"], packed, counts["lower"])
     assert found == (case.sparse_calls,) * 4, f"seed {case.seed}: {counts}"
     assert counts["fold_masks"] == 0, f"seed {case.seed}: a mask was left to fold"

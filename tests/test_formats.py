@@ -14,9 +14,11 @@ from sparsefx.formats import (
     nm_count,
     pack_bitmap,
     pack_bits,
+    pack_block,
     pack_nm,
     unpack_bitmap,
     unpack_bits,
+    unpack_block,
     unpack_nm,
 )
 from sparsefx.spec import NM
@@ -88,6 +90,57 @@ def test_bitmap_round_trip(
 
 
 @EXAMPLES
+@given(
+    SEEDS,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.floats(0, 1),
+    DTYPES,
+    st.booleans(),
+)
+def test_block_round_trip(
+    seed: int,
+    high: int,
+    wide: int,
+    rows: int,
+    cols: int,
+    density: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> None:
+    weight = random_weight(seed, high * rows, wide * cols, dtype)
+    tiles = keep_at(seed, torch.empty(high, wide), density)
+    keep = tiles.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+    weight = weight.masked_fill(~keep | ~keep_at(seed + 1, weight, 0.8), 0)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    filled = weight.reshape(high, rows, wide, cols).ne(0).any(3).any(1)
+    packed = pack_block(weight, rows, cols)
+    assert packed.values.shape == (int(filled.sum()), rows, cols)
+    assert packed.values.is_contiguous()
+    assert torch.equal(packed.row_ptr.diff(), filled.sum(1).int())
+    assert torch.equal(packed.columns, filled.nonzero()[:, 1].int()), "ascending in each row"
+    assert same_bits(unpack_block(packed, wide * cols), weight.contiguous())
+
+
+def test_block_layout_by_hand() -> None:
+    weight = torch.tensor([[0, 0, 1, 2], [0, 0, 3, -0.0], [5, 0, 6, 0], [0, 0, 0, 0]])
+    values, columns, row_ptr = pack_block(weight, 2, 2)
+    assert values.tolist() == [[[1, 2], [3, 0]], [[5, 0], [0, 0]], [[6, 0], [0, 0]]]
+    assert values[0, 1, 1].signbit(), "what lies in a stored block keeps its bits"
+    assert (columns.tolist(), row_ptr.tolist()) == ([1, 0, 1], [0, 1, 3])
+    assert columns.dtype == row_ptr.dtype == torch.int32
+
+
+def test_a_weight_without_nonzeros_is_no_block() -> None:
+    packed = pack_block(torch.zeros(4, 6), 2, 3)
+    assert (packed.values.shape, packed.row_ptr.tolist()) == ((0, 2, 3), [0, 0, 0])
+    assert torch.equal(unpack_block(packed, 6), torch.zeros(4, 6))
+
+
+@EXAMPLES
 @given(SEEDS, st.integers(1, 5), st.integers(1, 40))
 def test_bits_round_trip_lowest_bit_first(seed: int, out: int, width: int) -> None:
     keep = keep_at(seed, torch.empty(out, width), 0.5)
@@ -133,6 +186,12 @@ def test_nm_count_is_the_fullest_group() -> None:
 def test_what_does_not_fit_is_refused(weight: Tensor, n: int, m: int, says: str) -> None:
     with pytest.raises(ShapeMismatch, match=says):
         pack_nm(weight, n, m)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (3, 8), (8,)])
+def test_what_is_no_grid_of_blocks_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeMismatch, match="not a grid of 2 x 4 blocks"):
+        pack_block(torch.zeros(shape), 2, 4)
 
 
 def test_bitmap_takes_matrices_only() -> None:

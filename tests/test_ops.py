@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsefx import epilogue as epilogues
 from sparsefx import ops
-from sparsefx.formats import pack_bitmap, pack_nm
+from sparsefx.formats import pack_bitmap, pack_block, pack_nm
 from sparsefx.spec import NM
 
 sparsefx_ops = torch.ops.sparsefx
@@ -58,6 +58,9 @@ def packed_call(
     if layout == "nm":
         values, index = pack_nm(weight, 2, 4)
         out: Tensor = sparsefx_ops.nm_linear(x, values, index, bias, 2, 4, epilogue, extras)
+    elif layout == "block":
+        blocks = pack_block(weight, 4, 2)
+        out = sparsefx_ops.block_linear(x, *blocks, bias, 4, 2, epilogue, extras)
     else:
         out = sparsefx_ops.bitmap_linear(x, *pack_bitmap(weight), bias, epilogue, extras)
     return out
@@ -86,7 +89,7 @@ def test_mask_gradient_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda w: sparsefx_ops.mask(w, keep), (weight,))
 
 
-@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "block"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
@@ -128,7 +131,7 @@ def test_a_gate_is_the_first_step_or_none() -> None:
         epilogues.parse("gate_tanh")
 
 
-@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_packed_linears_equal_the_dense_linear_in_each_dtype(
     layout: str, dtype: torch.dtype
@@ -144,7 +147,7 @@ def test_packed_linears_equal_the_dense_linear_in_each_dtype(
 def every_op() -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:
     x, weight, bias = draw(2, 3, 16), two_four(8, 16), draw(8, seed=4)
     extra = draw(2, 3, 8, seed=5)
-    nm, bitmap = pack_nm(weight, 2, 4), pack_bitmap(weight)
+    nm, bitmap, block = pack_nm(weight, 2, 4), pack_bitmap(weight), pack_block(weight, 2, 4)
     return [
         (sparsefx_ops.mask.default, (weight.clone().requires_grad_(), weight != 0)),
         (sparsefx_ops.nm_linear.default, (x, *nm, bias, 2, 4, "relu;add 0", [extra])),
@@ -156,10 +159,12 @@ def every_op() -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:
             sparsefx_ops.bitmap_linear.default,
             (x, *bitmap, None, "gate_silu;add 0", [extra[..., :4]]),
         ),
+        (sparsefx_ops.block_linear.default, (x, *block, bias, 2, 4, "add 0", [extra])),
+        (sparsefx_ops.block_linear.default, (x, *block, None, 2, 4, "", [])),
     ]
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(9))
 def test_schema_fake_and_autograd_registrations(case: int) -> None:
     op, args = every_op()[case]
     torch.library.opcheck(op, args)
@@ -170,10 +175,10 @@ def test_the_stage_tables_name_every_op() -> None:
     assert tested == ops.MASKED_OPS | ops.PACKED_OPS
 
 
-@pytest.mark.parametrize("layout", ["nm", "bitmap"])
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "block"])
 def test_under_torch_compile_in_one_graph_with_dynamic_rows(layout: str) -> None:
     weight, bias = two_four(8, 16), draw(8, seed=4)
-    nm, bitmap = pack_nm(weight, 2, 4), pack_bitmap(weight)
+    nm, bitmap, block = pack_nm(weight, 2, 4), pack_bitmap(weight), pack_block(weight, 2, 4)
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -181,10 +186,11 @@ def test_under_torch_compile_in_one_graph_with_dynamic_rows(layout: str) -> None
         return gm.forward
 
     def layer(x: Tensor) -> Tensor:
-        if layout == "nm":
-            out: Tensor = sparsefx_ops.nm_linear(x, *nm, bias, 2, 4, "silu", [])
-        else:
-            out = sparsefx_ops.bitmap_linear(x, *bitmap, bias, "silu", [])
+        out: Tensor = {
+            "nm": lambda: sparsefx_ops.nm_linear(x, *nm, bias, 2, 4, "silu", []),
+            "bitmap": lambda: sparsefx_ops.bitmap_linear(x, *bitmap, bias, "silu", []),
+            "block": lambda: sparsefx_ops.block_linear(x, *block, bias, 2, 4, "silu", []),
+        }[layout]()
         return out * 2
 
     torch._dynamo.reset()

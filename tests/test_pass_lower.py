@@ -1,17 +1,21 @@
 """Who gets a packed node, what the report says of it, and the way back to dense."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefx.epilogue import GATES
+from sparsefx.errors import KernelBuildFailed
 from sparsefx.graph import capture
 from sparsefx.normalise import normalise
 from sparsefx.passes.lower import Lower
 from sparsefx.pipeline import PassContext, run
+from sparsefx.spec import Block
+from sparsefx.target import LinearSpec, Lowering
 from tests.compilers import accept, refuse
 from tests.pass_models import (
     FUSED,
@@ -45,6 +49,34 @@ def test_lowering_bakes_the_weight_and_fills_the_row() -> None:
     assert row.stored_bytes == WIDTH * WIDTH // 2 * 8 + WIDTH * WIDTH // 2 // 4
     assert calls(gm) == ["sparsefx_plain.linear.default"]
     assert ctx.baked == {"l.weight"}
+
+
+@dataclass(frozen=True)
+class Takes(PlainNM):
+    """Takes weights of one layout and kind of values, and keeps what it was given."""
+
+    values: str = ""
+    seen: list[LinearSpec] = field(default_factory=list, hash=False)
+
+    def accepts(self, spec: LinearSpec) -> str | None:
+        return None if spec.values == self.values else f"no {spec.values} values"
+
+    def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
+        self.seen.append(spec)
+        raise KernelBuildFailed(kernel=self.name, rule=f"{len(packed)} tensors")
+
+
+def test_blocks_are_offered_as_a_bitmap_too() -> None:
+    torch.manual_seed(0)
+    model = Around(lambda s, x: s.l(x), l=sparse(Block(16, 16, 0.75), 64, 64))
+    blocks, bitmap = Takes("blocks", "block"), Takes("bitmaps", "bitmap")
+    passes = (*FUSED, Lower(plain(bitmap, blocks), accept))  # type: ignore[arg-type]
+    gm, ctx, _ = after(model, passes, x_of(3, 64))
+    assert_same_numbers(gm, model, x_of(3, 64))
+    assert [spec.block for spec in (*blocks.seen, *bitmap.seen)] == [(16, 16), (0, 0)]
+    assert [spec.density for spec in (*blocks.seen, *bitmap.seen)] == [0.25, 0.25]
+    reason = next(iter(ctx.rows.values())).reason
+    assert reason.index("blocks:") < reason.index("bitmaps:"), "its own layout first"
 
 
 CHAIN: dict[str, Callable[..., object]] = {

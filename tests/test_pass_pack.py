@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsefx.spec import NM, Unstructured
+from sparsefx.spec import NM, Block, Unstructured
+from tests.golden import assert_golden
 from tests.pass_models import (
     FUSED,
     PACKED,
@@ -17,6 +18,7 @@ from tests.pass_models import (
     bias,
     one,
     sparse,
+    text,
     transposed,
     x_of,
 )
@@ -51,6 +53,40 @@ def test_which_packing_takes_a_weight(
     gm, _, counts = after(model, PACKED, x_of(3, width))
     assert (counts["pack_nm"], counts["pack_bitmap"]) == packed
     assert_same_numbers(gm, model, x_of(3, width))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "packed"),
+    [
+        (Block(16, 16, 0.5), "block"),
+        (Block(64, 64, 0.75), "block"),
+        (Block(1, 16, 0.75), "block"),
+        (Block(1, 16, 0.25), "bitmap"),  # 32 bits a block's column are more than a bit an element
+        (Block(4, 8, 0.5), "bitmap"),  # no such blocks are looked for
+    ],
+    ids=str,
+)
+def test_blocks_are_packed_where_that_is_smaller(pattern: Block, packed: str) -> None:
+    torch.manual_seed(0)
+    model = Around(lambda s, x: s.l(x), l=sparse(pattern, 128, 128))
+    gm, _, counts = after(model, PACKED, x_of(3, 128))
+    assert counts[f"pack_{packed}"] == 1
+    assert counts["pack_block"] + counts["pack_bitmap"] == 1
+    assert_same_numbers(gm, model, x_of(3, 128))
+
+
+def test_text_of_packed_blocks() -> None:
+    torch.manual_seed(0)
+    linear = sparse(Block(16, 16, 0.5), 64, 32)
+    model = Around(lambda s, x: F.relu(s.l(x)), l=linear)
+    gm, _, counts = after(model, FUSED, x_of(3, 64))
+    assert (counts["pack_block"], counts["fuse_epilogue"]) == (1, 1)
+    assert_golden("passes/pack_block.txt", text(gm))
+    assert_same_numbers(gm, model, x_of(3, 64))
+    made = [
+        node for node in gm.graph.nodes if node.target is torch.ops.sparsefx.block_linear.default
+    ]
+    assert [node.meta["val"].shape for node in made] == [(3, 32)]
 
 
 PACKS = {

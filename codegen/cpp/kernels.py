@@ -32,6 +32,8 @@ class CppLinear:
         """None for yes, or the reason for no."""
         if spec.layout != self.layout:
             return f"{self.name} reads the {self.layout} layout, not {spec.layout}"
+        if spec.values:
+            return f"it reads values of the input's type, not {spec.values}"
         if spec.dtype not in emit.VALUE_TYPES:
             return f"{spec.dtype} is not one of float32, bfloat16, float16"
         if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):

@@ -29,6 +29,8 @@ class TritonLinear:
             return f"the weight is stored as {spec.layout}, this kernel reads {self.layout}"
         if not library.installed():
             return "Triton is not installed"
+        if spec.values:
+            return f"it reads values of the input's type, not {spec.values}"
         if spec.dtype not in DTYPES.values():
             return f"the kernel computes {', '.join(DTYPES)}, not {spec.dtype}"
         if not spec.out_features or not spec.in_features:
