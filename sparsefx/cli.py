@@ -123,9 +123,15 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--form",
         choices=FORMS,
-        default=FORMS[0],
         help="standard: standard operators only (default); functions: sparsefx operators whose "
         "bodies are standard, for a runtime that knows them",
+    )
+    command.add_argument(
+        "--ort-library",
+        type=Path,
+        metavar="PATH",
+        help="also compile kernels for its sparse linears into a library that onnxruntime's "
+        "register_custom_ops_library loads (form: functions)",
     )
     command.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSETS[0], help="default: %(default)s"

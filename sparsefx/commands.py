@@ -60,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
     pretrained(model).config.use_cache = False  # a cache is no tensor, and ONNX has tensors only
     # torch.export takes an axis of length 1 for one that is always 1.
     inputs = _inputs(model, args, batch=2 if args.dynamic else 1)
-    sparsefx.export_onnx(
+    report = sparsefx.export_onnx(
         model,
         (),
         args.out,
@@ -69,9 +69,13 @@ def export(args: argparse.Namespace) -> None:
         recipe=_recipe(args),
         calibration=_calibration(model, args),
         form=args.form,
+        library=args.ort_library,
         opset=args.opset,
     )
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, checked against PyTorch")
+    if args.ort_library is not None:
+        print(f"wrote {args.ort_library}: {report.facts['library']}, checked likewise")
+        print(f"milliseconds a call: {report.facts['ms a call']}")
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_export_runs_in_onnxruntime(
     batch, length = (3, 5) if dynamic else (1, 8)
     logits = session.run(None, {ids.name: torch.randint(64, (batch, length)).numpy()})[0]
     assert logits.shape == (batch, length, 64)
+
+
+def test_export_with_a_library(
+    folder: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, library = tmp_path / "model.onnx", tmp_path / "kernels.so"
+    command = ("export", folder, out, "--recipe", recipe, "--rows", 8, "--ort-library", library)
+    assert run(*command) == 0
+    assert f"wrote {library}" in capsys.readouterr().out
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(out, options, providers=["CPUExecutionProvider"])
+    (ids,) = session.get_inputs()
+    assert session.run(None, {ids.name: np.ones((1, 8), "int64")})[0].shape == (1, 8, 64)
 
 
 @pytest.mark.parametrize("source", ["folder", "bare"])

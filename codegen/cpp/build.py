@@ -23,7 +23,8 @@ from sparsefx.debug import settings
 from sparsefx.errors import KernelBuildFailed, KernelNotFound
 from sparsefx.files import write_atomically
 
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+_COMMON = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi")
+_FLAGS = (*_COMMON, "-shared", "-fopenmp")
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,21 @@ def build(kernel: str, source: str, isa_flags: tuple[str, ...]) -> tuple[str, Pa
 
     `kernel` starts the handle and names the kernel in errors. Raises KernelBuildFailed.
     """
-    found = compiler()
-    if found is None:
-        raise KernelBuildFailed(kernel=kernel, rule="no g++ on PATH")
-    flags = (*_FLAGS, *isa_flags, *_openmp())
-    handle = f"{kernel}_{_digest(source, *flags, found.version)}"
-    path = library(handle)
-    if path is None:
-        path = _store(handle, source, _compile(kernel, source, (found.path, *flags)))
-    return handle, path
+    return _built(kernel, source, (*_FLAGS, *isa_flags, *_openmp()), ".so")
+
+
+def build_object(kernel: str, source: str, isa_flags: tuple[str, ...]) -> Path:
+    """The place of the object file made of `source`, a part of a library; cached likewise.
+
+    No OpenMP; nothing in it is visible from outside the library unless it says so. Raises
+    KernelBuildFailed.
+    """
+    return _built(kernel, source, (*_COMMON, "-c", "-fvisibility=hidden", *isa_flags), ".o")[1]
 
 
 def library(handle: str) -> Path | None:
     """Where the library called `handle` lies whole, its source beside it as .cpp, or None."""
-    paths = (folder / f"{handle}.so" for folder in _folders())
-    return next((path for path in paths if _is_whole(path)), None)
+    return _found(f"{handle}.so")
 
 
 def opened(handle: str, function: str) -> ctypes.CDLL:
@@ -73,6 +74,23 @@ def opened(handle: str, function: str) -> ctypes.CDLL:
     except (OSError, AttributeError):  # not for this machine, or of another kind of kernel
         raise KernelNotFound(handle=handle) from None
     return found
+
+
+def _built(kernel: str, source: str, flags: tuple[str, ...], suffix: str) -> tuple[str, Path]:
+    found = compiler()
+    if found is None:
+        raise KernelBuildFailed(kernel=kernel, rule="no g++ on PATH")
+    handle = f"{kernel}_{_digest(source, *flags, found.version)}"
+    name = handle + suffix
+    path = _found(name)
+    if path is None:
+        path = _store(name, source, _compile(kernel, source, (found.path, *flags)))
+    return handle, path
+
+
+def _found(name: str) -> Path | None:
+    paths = (folder / name for folder in _folders())
+    return next((path for path in paths if _is_whole(path)), None)
 
 
 def _is_whole(path: Path) -> bool:
@@ -91,12 +109,12 @@ def _folders() -> tuple[Path, Path]:
     return settings().cache / "cpp", _private_folder()
 
 
-def _store(handle: str, source: str, binary: bytes) -> Path:
+def _store(name: str, source: str, binary: bytes) -> Path:
     cache, private = _folders()
     try:
-        return _write(cache / f"{handle}.so", source, binary)
+        return _write(cache / name, source, binary)
     except OSError:  # read-only, full, or not a folder
-        return _write(private / f"{handle}.so", source, binary)
+        return _write(private / name, source, binary)
 
 
 def _write(path: Path, source: str, binary: bytes) -> Path:
@@ -109,7 +127,7 @@ def _write(path: Path, source: str, binary: bytes) -> Path:
 
 def _compile(kernel: str, source: str, command: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="sparsefx") as folder:
-        path, result = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        path, result = Path(folder, "kernel.cpp"), Path(folder, "kernel")
         path.write_text(source)
         # The source comes before the libraries, or the linker drops those as not needed.
         line = (command[0], str(path), "-o", str(result), *command[1:])

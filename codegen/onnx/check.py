@@ -74,9 +74,11 @@ def check_file(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """The file in a stock onnxruntime on the CPU."""
+def session(path: Path, library: Path | None = None) -> onnxruntime.InferenceSession:
+    """The file in onnxruntime on the CPU: a stock one, or with a library of kernels."""
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library.absolute()))
     options.log_severity_level = 3  # errors only: a warning for each shape it cannot infer
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from sparsefx.codegen.onnx.attention_nodes import WrittenAttention
 from sparsefx.codegen.onnx.check import Probe, check_file, difference, probes, session
 from sparsefx.codegen.onnx.lower import StoredWeight, lower
+from sparsefx.codegen.onnx.ort.library import LibraryFacts, refuse, staged_library, timed
 from sparsefx.codegen.onnx.translate import to_onnx, to_program
 from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
 from sparsefx.graph import DynamicShapes
@@ -33,7 +35,7 @@ class ExportFacts:
     bytes: size of the file, and of its ".data" companion if there is one; nodes: nodes of the main
     graph; weights: the packed ones; attentions: the sparse ones; max_abs_error: largest
     |onnxruntime - PyTorch| over all probes, None without check; shapes: input shapes of each probe;
-    seconds: wall-clock time of it all.
+    library: the kernels beside it, None without; seconds: wall-clock time of it all.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class ExportFacts:
     attentions: tuple[WrittenAttention, ...]
     max_abs_error: float | None
     shapes: tuple[dict[str, tuple[int, ...]], ...]
+    library: LibraryFacts | None
     seconds: float
 
 
@@ -63,6 +66,7 @@ def export(
     dynamic_shapes: DynamicShapes = None,
     form: str = "standard",
     opset: int = 20,
+    library: Path | None = None,
     check: bool = True,
     progress: bool = False,
     one_file: int = _ONE_FILE,
@@ -71,16 +75,19 @@ def export(
 
     gm: normal form, linears and attentions sparse or dense, masks folded. args, kwargs: example
     inputs (cloned: aliased ones give a wrong graph). dynamic_shapes: as torch.export takes them.
-    form: "standard" or "functions" (lower.py). opset: 20 or 24. reference: what gm must equal,
+    form: "standard" or "functions" (lower.py). opset: 20 or 24. library: where to write kernels for
+    its packed linears (ort/), which need form="functions". reference: what gm must equal,
     thresholds included (where gm has sparse attention, gm itself will do); with `check` it is
     compared with onnxruntime at the example's sizes and, where sizes are dynamic, two others.
     progress: show a bar. one_file: bytes of weights above which they go to `<path>.data`.
 
     Raises UnknownOption, NotExportable (masks left, bfloat16, sparse attention in float64, opset),
-    ExportFailed.
+    ExportFailed (no compiler for the library, too).
     """
     start = time.perf_counter()
     _refuse(gm, path, form, opset)
+    if library is not None:
+        refuse(library, path, form)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
     example = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     with tqdm(total=4, desc=f"export {path.name}", disable=not progress) as bar:
@@ -91,7 +98,7 @@ def export(
             model = to_onnx(program, opset)
             written = lower(model, form, _added(gm))
         bar.update()
-        with _staging(path) as staged:
+        with _staging(path) as staged, _beside(model, library, path) as built:
             _save(model, staged, path, one_file)
             bar.update()
             compared = _UNCHECKED
@@ -99,11 +106,23 @@ def export(
                 fresh = probes(program, args, kwargs)
                 if written.has_thresholds:  # which fresh inputs may never reach
                     fresh.insert(0, replace(fresh[0], leaves=tuple(pytree.tree_leaves(example))))
-                compared = _check(staged, path, fresh, reference, written.has_thresholds)
+                checks = _Checks(staged, path, fresh, reference, written.has_thresholds)
+                compared, built = checks.stock(), checks.library(built)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
     seconds = time.perf_counter() - start
-    return ExportFacts(path, form, opset, size, len(model.graph), *written, *compared, seconds)
+    if built is not None and library is not None:
+        built = replace(built, path=library)
+    nodes = len(model.graph)
+    return ExportFacts(path, form, opset, size, nodes, *written, *compared, built, seconds)
+
+
+def _beside(
+    model: ir.Model, library: Path | None, path: Path
+) -> contextlib.AbstractContextManager[LibraryFacts | None]:
+    if library is None:
+        return contextlib.nullcontext()
+    return staged_library(model, library, path)
 
 
 def _added(gm: fx.GraphModule) -> frozenset[str]:
@@ -141,34 +160,53 @@ def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int) -> None:
             )
 
 
-def _check(
-    staged: Path,
-    path: Path,
-    fresh: Sequence[Probe],
-    reference: Callable[..., object],
-    has_thresholds: bool,
-) -> _Compared:
-    """The largest absolute difference and the shapes tried. Raises ExportFailed."""
-    with blame(path, "onnx.checker", "Please report this model"):
-        check_file(staged)
-    with blame(path, "onnxruntime cannot load the file", "Please report this model"):
-        runtime = session(staged)
-    worst, shapes = 0.0, []
-    for probe in fresh:
-        where = f"at input shapes {probe.shapes}"
-        remedy = "Narrow dynamic_shapes to sizes that the model takes, or report this model"
-        with blame(path, f"the comparison with PyTorch {where}", remedy):
-            found = difference(runtime, reference, probe, has_thresholds)
-        if not found.passes:
-            raise ExportFailed(
-                path=path,
-                rule=f"onnxruntime and PyTorch differ by {found.absolute:.3g} {where}, "
-                f"at most {found.allowed:.3g} is rounding",
-                remedy="Is `reference` the model that was exported? If so, please report it",
-            )
-        worst = max(worst, found.absolute)
-        shapes.append(probe.shapes)
-    return worst, tuple(shapes)
+@dataclass(frozen=True)
+class _Checks:
+    """The comparisons of a written file with PyTorch. They raise ExportFailed."""
+
+    staged: Path
+    path: Path
+    fresh: Sequence[Probe]
+    reference: Callable[..., object]
+    has_thresholds: bool
+
+    def stock(self) -> _Compared:
+        """The largest absolute difference and the shapes tried."""
+        with blame(self.path, "onnx.checker", "Please report this model"):
+            check_file(self.staged)
+        worst = self._worst(self._session(), "onnxruntime")
+        return worst, tuple(probe.shapes for probe in self.fresh)
+
+    def library(self, built: LibraryFacts | None) -> LibraryFacts | None:
+        """`built` with its largest difference and the times of a call."""
+        if built is None:
+            return None
+        ours = self._session(built.path)
+        worst = self._worst(ours, "onnxruntime with the library")
+        stock_ms, library_ms = timed(self._session(), ours, self.fresh[0])
+        return replace(built, max_abs_error=worst, stock_ms=stock_ms, library_ms=library_ms)
+
+    def _session(self, library: Path | None = None) -> onnxruntime.InferenceSession:
+        what = "the file" if library is None else "the file with the library"
+        with blame(self.path, f"onnxruntime cannot load {what}", "Please report this model"):
+            return session(self.staged, library)
+
+    def _worst(self, runtime: onnxruntime.InferenceSession, who: str) -> float:
+        worst = 0.0
+        for probe in self.fresh:
+            where = f"at input shapes {probe.shapes}"
+            remedy = "Narrow dynamic_shapes to sizes that the model takes, or report this model"
+            with blame(self.path, f"the comparison of {who} with PyTorch {where}", remedy):
+                found = difference(runtime, self.reference, probe, self.has_thresholds)
+            if not found.passes:
+                raise ExportFailed(
+                    path=self.path,
+                    rule=f"{who} and PyTorch differ by {found.absolute:.3g} {where}, "
+                    f"at most {found.allowed:.3g} is rounding",
+                    remedy="Is `reference` the model that was exported? If so, please report it",
+                )
+            worst = max(worst, found.absolute)
+        return worst
 
 
 def _save(model: ir.Model, staged: Path, path: Path, one_file: int) -> None:

@@ -18,6 +18,7 @@ from sparsefx.codegen.onnx.at_work import effect_of_thresholds
 from sparsefx.codegen.onnx.attention_functions import GAINS_NOTHING
 from sparsefx.codegen.onnx.export import ExportFacts, blame
 from sparsefx.codegen.onnx.export import export as write_onnx
+from sparsefx.codegen.onnx.ort.library import LibraryFacts
 from sparsefx.entry import inferring
 from sparsefx.errors import UnknownOption
 from sparsefx.passes import pipelines
@@ -35,7 +36,8 @@ def export_onnx(
     dynamic_shapes: graph.DynamicShapes = None,
     recipe: Recipe | None = None,
     calibration: Iterable[object] | None = None,
-    form: str = "standard",
+    form: str | None = None,
+    library: str | Path | None = None,
     check: bool = True,
     opset: int = 20,
 ) -> Report:
@@ -43,17 +45,22 @@ def export_onnx(
 
     The model is exported as it is in eval mode, whatever mode it is in, and keeps its mode. args,
     kwargs, dynamic_shapes: as torch.export takes them (an axis that is to be dynamic needs an
-    example size of 2 or more). recipe, calibration: as in `compile`. form: "standard" has standard
-    operators only; "functions" keeps sparse linears as nodes of the domain "sparsefx", whose bodies
-    are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at the
-    example's shapes and two others; a file that fails is not kept.
+    example size of 2 or more). recipe, calibration: as in `compile`. form: "standard" (None) has
+    standard operators only; "functions" keeps sparse linears as nodes of the domain "sparsefx",
+    whose bodies are model-local functions. opset: 20 or 24. check: compare the file with PyTorch at
+    the example's shapes and two others; a file that fails is not kept.
+
+    library: also write a shared library with kernels for these nodes, for
+    `SessionOptions.register_custom_ops_library` (form None is then "functions"). It is compiled by
+    g++; check compares it with PyTorch as well and times it. docs/ort_library.md says more.
 
     Returns a Report: a row for each candidate layer, and the file's size, nodes and largest
     difference among its facts (with attention thresholds: from the thresholded graph, which is
     another function than the dense model). A stock onnxruntime gains file size from packed weights,
-    not time, and nothing from thresholds. Raises
+    not time, and nothing from thresholds; with the library it gains time. Raises
     UnknownOption, NotExportable, ExportFailed (also when torch.export cannot capture the model with
-    these arguments), OSError, and what `compile` raises on bad weights and recipes.
+    these arguments, or without a compiler for the library), OSError, and what `compile` raises on
+    bad weights and recipes.
     """
     if not isinstance(model, nn.Module):
         raise UnknownOption(option="model", value=model, known="an nn.Module")
@@ -78,8 +85,9 @@ def export_onnx(
             Path(path),
             reference=gm if _is_thresholded(gm) else model,
             dynamic_shapes=dynamic_shapes,
-            form=form,
+            form=form or ("standard" if library is None else "functions"),
             opset=opset,
+            library=None if library is None else Path(library),
             check=check,
             progress=True,
         )
@@ -96,6 +104,22 @@ def _effect_fact(effect: float | None) -> dict[str, str]:
     return {"largest change by thresholds on the example": text}
 
 
+def _library_facts(library: LibraryFacts | None) -> dict[str, str]:
+    """What the library is, how far from PyTorch, and what it gains here."""
+    if library is None:
+        return {}
+    facts = {"library": f"{library.path.name}, {library.kernels} kernels, {library.bytes} bytes"}
+    if library.stock_ms is None or library.library_ms is None:
+        return facts
+    gain = library.stock_ms / library.library_ms
+    times = f"{library.stock_ms:.3g} without the library, {library.library_ms:.3g} with it"
+    return {
+        **facts,
+        "largest |library - PyTorch|": f"{library.max_abs_error:.3g}",
+        "ms a call": f"{times} ({gain:.2f}x; measured here, at the example's shapes)",
+    }
+
+
 def _is_thresholded(gm: fx.GraphModule) -> bool:
     """Whether the file is to compute something else than the dense model."""
     return any(node.target in ATTENTION_OPS for node in gm.graph.nodes)
@@ -109,6 +133,8 @@ def _export_report(
     effect: float | None,
 ) -> Report:
     packed = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
+    if facts.library is not None:
+        packed += ", one with the library registered runs it sparse"
     why = {"attention": GAINS_NOTHING}
     stored = {weight.name.removesuffix(".weight"): weight.stored_bytes for weight in facts.weights}
     rows = [
@@ -130,6 +156,7 @@ def _export_report(
             "nodes": str(facts.nodes),
             "largest |onnxruntime - PyTorch|": error,
             "input shapes checked": str(len(facts.shapes)),
+            **_library_facts(facts.library),
             **_effect_fact(effect),
             "seconds in capture and passes": f"{seconds:.2f}",
             "seconds in export": f"{facts.seconds:.2f}",
