@@ -1,5 +1,9 @@
 """packed -> lowered:  nm_linear(x, values, index, b, ..)  =>  kernel(x, packed, b, extras, handle)
 
+or, where calls bring different numbers of rows and no kernel wins at all of them:
+
+    => epilogue(by_rows(x, packed, w, b, routes))       each range of rows a kernel, or dense
+
 or, where no kernel of the target accepts the node and wins:  =>  epilogue(linear(x, w, b))
 
 Runs last. "Wins" is the guard's word: measured on this device, modelled by the roofline, or, with
@@ -7,23 +11,27 @@ guard="off", taken for granted. Of several that win the fastest is taken. Every 
 or its reason in the report.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, fx
 
-from sparsefx import choice, dump, guard
+from sparsefx import choice, dump, guard, ladder
+from sparsefx.candidates import rows_between, rows_of
 from sparsefx.ops import PACKED_OPS
 from sparsefx.packing import Packing
 from sparsefx.passes.dense_form import dense_form
+from sparsefx.passes.kernel_form import by_rows_form, kernel_form
 from sparsefx.passes.packed_node import PackedNode
 from sparsefx.pipeline import PassContext
-from sparsefx.rewrite import Site, erase
+from sparsefx.rewrite import erase
 from sparsefx.target import Kernel, LinearSpec, Lowering, Target
 
 Judge = Callable[[LinearSpec, Tensor, Tensor | None, Lowering], guard.Verdict]
 """Compares a built kernel with dense: (spec, dense weight [out, in], bias, lowering) -> verdict."""
+
+_STRIDE = 3  # kernels are asked for their tunings at every third rung
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Lower:
     judge: Judge = field(compare=False)
     proof: bool = True
     """Whether a kernel must win; False is guard="off"."""
+    dispatch_us: float = 0.0
+    """What choosing by rows adds to each call (`by_rows.dispatch_us`)."""
     name: str = "lower"
     stage: str = "lowered"
 
@@ -47,95 +57,112 @@ class Lower:
 
 
 def _lower(options: Lower, packed: PackedNode) -> int:
-    reasons, tried = choice.Reasons(), []
+    work = _Work(options, packed, choice.Reasons())
+    vary = options.proof and rows_of(packed.x)[1]
+    asked: list[guard.Verdict] = []
+    built = None
     for packing in (packed.packing, *packed.packing.alternatives()):
-        tried.append(_chosen(options, packed, packing, reasons))
-        if tried[-1].offer is not None:
-            break
-    _tell(packed, min(tried, key=_distance))
-    offer = tried[-1].offer
-    if offer is None:
+        if built is None and work.kernels(packing):
+            built, verdict = (_by_rows if vary else _for_all_rows)(work, packing)
+            asked = [verdict] if built and verdict else asked + ([verdict] if verdict else [])
+    _tell_times(packed, min(asked, key=lambda verdict: verdict.ratio, default=None))
+    if built is not None:
+        packed.ctx.baked.add(packed.weight[0])
+    else:
         layout = {"nm": "N:M"}.get(packed.packing.layout, packed.packing.layout)
         nothing = f"target {options.target.name} has no {layout} kernel"
-        packed.ctx.decline(packed.node, str(reasons) or nothing)
-        _replace(packed, dense_form(packed, options.name))
-        return 0
-    packed.ctx.baked.add(packed.weight[0])
-    _replace(packed, _kernel_call(packed, offer.lowering))
-    return 1
+        packed.ctx.decline(packed.node, str(work.reasons) or nothing)
+    _replace(packed, built or dense_form(packed, options.name))
+    return int(built is not None)
 
 
-def _distance(chosen: choice.Choice) -> tuple[bool, float]:
-    """Smallest for the offer to run; else for the one that came closest to dense."""
-    ratio = float("inf") if chosen.verdict is None else chosen.verdict.ratio
-    return chosen.offer is None, ratio
+@dataclass(frozen=True)
+class _Work:
+    """One node on its way to a kernel."""
+
+    options: Lower
+    packed: PackedNode
+    reasons: choice.Reasons
+
+    def kernels(self, packing: Packing) -> list[Kernel]:
+        """Those of the target that read its layout."""
+        return [each for each in self.options.target.kernels if each.layout == packing.layout]
+
+    def offers(self, packing: Packing, specs: Sequence[LinearSpec]) -> list[choice.Offer]:
+        """The kernels that are worth timing, built for the node at one of the specs."""
+        kernels = self.kernels(packing)
+        for kernel in kernels:
+            refusals = [kernel.accepts(spec) or self.packed.refusal(spec) for spec in specs]
+            if all(refusals):
+                self.reasons.add(kernel, str(refusals[0]))
+        if self.packed.refusal(specs[0]):
+            return []
+        ways = choice.proposed(kernels, specs)
+        return list(choice.built(ways, self.packed.packed_as(packing), self.reasons))
+
+    def ask(self, spec: LinearSpec, lowering: Lowering) -> guard.Verdict:
+        """The judge's verdict on a kernel for this node's weight."""
+        return self.options.judge(spec, self.packed.dense(), self.packed.bias_value, lowering)
+
+    def fastest(self, packing: Packing) -> choice.Choice:
+        """One kernel for every call."""
+        spec = self.packed.spec(packing)
+        offers = self.offers(packing, [spec])
+        return choice.fastest(offers, spec, self.ask, self.options.proof, self.reasons)
+
+    def table(self, packing: Packing) -> ladder.Table:
+        """Kernels by rows, without the epilogue, which dense rows leave to Inductor."""
+        bare = replace(self.packed.spec(packing), epilogue="")
+        rungs = ladder.rungs(*rows_between(self.packed.x), bare.rows)
+        offers = self.offers(packing, [replace(bare, rows=rows) for rows in rungs[::_STRIDE]])
+        return ladder.table(offers, bare, rungs, self.ask, self.reasons, self.options.dispatch_us)
 
 
-def _chosen(
-    options: Lower, packed: PackedNode, packing: Packing, reasons: choice.Reasons
-) -> choice.Choice:
-    """The fastest kernel for the weight as `packing` stores it."""
-    kernels = [each for each in options.target.kernels if each.layout == packing.layout]
-    if not kernels:
-        return choice.Choice(None, None)
-    spec = packed.spec(packing)
-    offers = choice.built(
-        choice.configurations(_accepting(packed, kernels, spec, reasons), spec),
-        spec,
-        packed.packed_as(packing),
-        reasons,
-    )
-    weight, bias = packed.dense(), packed.bias_value
-    return choice.fastest(
-        offers, spec, lambda at, each: options.judge(at, weight, bias, each), options.proof, reasons
-    )
+_Outcome = tuple[fx.Node | None, guard.Verdict | None]
+"""What takes the node's place, and the verdict on it or on what came closest."""
 
 
-def _accepting(
-    packed: PackedNode, kernels: list[Kernel], spec: LinearSpec, reasons: choice.Reasons
-) -> list[Kernel]:
-    accepting = []
-    for kernel in kernels:
-        refusal = kernel.accepts(spec) or packed.refusal(spec)
-        if refusal:
-            reasons.add(kernel, refusal)
-        else:
-            accepting.append(kernel)
-    return accepting
+def _for_all_rows(work: _Work, packing: Packing) -> _Outcome:
+    chosen = work.fastest(packing)
+    if chosen.offer is None:
+        return None, chosen.verdict
+    _tell_kernels(work.packed, [chosen.offer])
+    return kernel_form(work.packed, chosen.offer.lowering, work.options.name), chosen.verdict
 
 
-def _tell(packed: PackedNode, chosen: choice.Choice) -> None:
-    """Fills the node's row; dumps the kernel that was chosen."""
-    if chosen.verdict is not None:
+def _by_rows(work: _Work, packing: Packing) -> _Outcome:
+    table = work.table(packing)
+    if table.only is not None:
+        whole = work.fastest(packing)  # with the epilogue, at the example's rows
+        if whole.offer is not None and whole.offer.kernel == table.only.kernel:
+            _tell_kernels(work.packed, [whole.offer])
+            return kernel_form(work.packed, whole.offer.lowering, work.options.name), whole.verdict
+    if not table.offers:
+        return None, table.verdict
+    _tell_kernels(work.packed, table.offers)
+    work.packed.ctx.update(work.packed.node, by_rows=str(table))
+    return by_rows_form(work.packed, table, work.options.name), table.verdict
+
+
+def _tell_times(packed: PackedNode, verdict: guard.Verdict | None) -> None:
+    if verdict is not None:
         packed.ctx.update(
             packed.node,
-            dense_us=chosen.verdict.dense_us,
-            sparse_us=chosen.verdict.sparse_us,
-            how=chosen.verdict.how,
-            error=chosen.verdict.error,
+            dense_us=verdict.dense_us,
+            sparse_us=verdict.sparse_us,
+            how=verdict.how,
+            error=verdict.error,
         )
-    if chosen.offer is not None:
-        lowering = chosen.offer.lowering
-        size = sum(tensor.nbytes for tensor in lowering.packed)
-        packed.ctx.update(packed.node, kernel=chosen.offer.kernel.name, stored_bytes=size)
-        dump.kernel(Path(lowering.path), lowering.text)
 
 
-def _kernel_call(packed: PackedNode, lowering: Lowering) -> fx.Node:
-    site = Site(packed.gm, packed.node, "lower")
-    stored = _stored(packed, site, lowering)
-    rest = (packed.bias, packed.extras, lowering.handle, lowering.features)
-    return site.call(lowering.op, packed.x, stored, *rest)
-
-
-def _stored(packed: PackedNode, site: Site, lowering: Lowering) -> list[fx.Node]:
-    """The nodes of the kernel's tensors: those of the packed node where they are the same."""
-    stored: list[fx.Node] = []
-    for number, tensor in enumerate(lowering.packed):
-        same = [n for n, t in zip(packed.stored, packed.packed, strict=True) if t is tensor]
-        name = f"{packed.weight[0]}_{lowering.handle}_{number}".replace("-", "_").replace(":", "_")
-        stored.append(same[0] if same else site.constant(name, tensor))
-    return stored
+def _tell_kernels(packed: PackedNode, offers: Sequence[choice.Offer]) -> None:
+    """Fills the node's row; dumps the kernels that were chosen."""
+    tensors = {id(t): t for offer in offers for t in offer.lowering.packed}
+    names = " + ".join(dict.fromkeys(offer.kernel.name for offer in offers))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    packed.ctx.update(packed.node, kernel=names, stored_bytes=size)
+    for offer in offers:
+        dump.kernel(Path(offer.lowering.path), offer.lowering.text)
 
 
 def _replace(packed: PackedNode, replacement: fx.Node) -> None:

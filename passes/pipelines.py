@@ -25,11 +25,15 @@ DENSE = Wanted()
 
 @dataclass(frozen=True)
 class Judges:
-    """Who says whether a kernel wins; `proof`: whether it must (False is guard="off")."""
+    """Who says whether a kernel wins; `proof`: whether it must (False is guard="off").
+
+    dispatch_us: what choosing a kernel by rows adds to each call.
+    """
 
     linear: Judge
     attention: AttentionJudge
     proof: bool
+    dispatch_us: float = 0.0
 
 
 def inference(target: Target, judges: Judges, wanted: Wanted = DENSE) -> tuple[Pass, ...]:
@@ -37,7 +41,7 @@ def inference(target: Target, judges: Judges, wanted: Wanted = DENSE) -> tuple[P
     return (
         *packing(wanted),
         LowerAttention(target, judges.attention, judges.proof),
-        Lower(target, judges.linear, judges.proof),
+        Lower(target, judges.linear, judges.proof, judges.dispatch_us),
     )
 
 

@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator
 from sparsefx.attributes import is_graph
 from sparsefx.mutation import changed_in_graph
 from sparsefx.rewrite import arguments
-from sparsefx.shapes import hint, varies
+from sparsefx.shapes import bounds, hint, varies
 
 aten = torch.ops.aten
 
@@ -108,6 +108,12 @@ def rows_of(x: fx.Node) -> tuple[int, bool]:
     other calls may bring another number. Never installs a shape guard."""
     sizes = x.meta["val"].shape[:-1]
     return math.prod(hint(size) for size in sizes), any(varies(size) for size in sizes)
+
+
+def rows_between(x: fx.Node) -> tuple[int, int]:
+    """The fewest and the most rows that calls may bring; a size without bound counts as 2^31."""
+    sizes = [bounds(size) for size in x.meta["val"].shape[:-1]]
+    return math.prod(least for least, _ in sizes), math.prod(most for _, most in sizes)
 
 
 _ROOT = re.compile(r"^L\['\w+'\]")  # Dynamo's name for the variable that holds the model

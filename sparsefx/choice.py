@@ -1,8 +1,8 @@
 """Which kernel a packed linear gets: of all that its target has, the fastest that beats dense."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 from torch import Tensor
 from torch._ops import OpOverload
@@ -11,18 +11,27 @@ from sparsefx.errors import KernelBuildFailed
 from sparsefx.guard import Verdict
 from sparsefx.target import Kernel, LinearSpec, Lowering
 
-CONFIGURATIONS = 8  # ways to run one node that are built and timed; those guessed best come first
+CONFIGURATIONS = 8  # kernels of one node that are timed; those guessed best come first
+PROPOSALS = 2 * CONFIGURATIONS  # ways to run it that are built: some come out as the same kernel
 
 Ask = Callable[[LinearSpec, Lowering], Verdict]
 """Compares a built kernel with dense on the rows that the spec names. May raise KernelRunFailed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Offer:
     """A kernel that is built for a node."""
 
     kernel: Kernel
     lowering: Lowering
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kernel with its settings, and the spec that it is to be built for."""
+
+    kernel: Kernel
+    spec: LinearSpec
 
 
 @dataclass
@@ -53,43 +62,56 @@ class Choice:
     verdict: Verdict | None
 
 
-def configurations(kernels: Sequence[Kernel], spec: LinearSpec) -> tuple[Kernel, ...]:
-    """The ways to run `kernels` that are worth timing, at most CONFIGURATIONS.
+def proposed(kernels: Sequence[Kernel], specs: Sequence[LinearSpec]) -> Iterator[Way]:
+    """The ways to run `kernels` that are worth timing: each one's best guess before any second.
 
-    Each kernel's best guess comes before any second guess.
+    specs: the node at several numbers of rows, for which a kernel may guess differently.
     """
-    ranks = zip_longest(*(kernel.tunings(spec) for kernel in kernels))
-    ordered = (each for rank in ranks for each in rank if each is not None)
-    return tuple(dict.fromkeys(ordered))[:CONFIGURATIONS]
+    asked = (Way(kernel, spec) for spec in specs for kernel in kernels)
+    accepted = [way for way in asked if way.kernel.accepts(way.spec) is None]
+    ranks = itertools.zip_longest(*(way.kernel.tunings(way.spec) for way in accepted))
+    for rank in ranks:
+        for way, kernel in zip(accepted, rank, strict=True):
+            if kernel is not None:
+                yield Way(kernel, way.spec)
 
 
-def built(
-    kernels: Iterable[Kernel], spec: LinearSpec, packed: tuple[Tensor, ...], reasons: Reasons
-) -> Iterator[Offer]:
-    """Those that compile, each built once however many ways lead to it."""
+def built(ways: Iterable[Way], packed: tuple[Tensor, ...], reasons: Reasons) -> Iterator[Offer]:
+    """The first CONFIGURATIONS that compile, each once however many ways lead to it."""
     seen: set[tuple[OpOverload, str]] = set()
-    for kernel in kernels:
+    for way in itertools.islice(ways, PROPOSALS):
         try:
-            lowering = kernel.lower(spec, packed)
+            lowering = way.kernel.lower(way.spec, packed)
         except (KernelBuildFailed, OSError) as error:  # OSError: no place to keep the kernel
-            reasons.add(kernel, str(error))
+            reasons.add(way.kernel, str(error))
             continue
         if (lowering.op, lowering.handle) not in seen:
             seen.add((lowering.op, lowering.handle))
-            yield Offer(kernel, lowering)
+            yield Offer(way.kernel, lowering)
+        if len(seen) == CONFIGURATIONS:
+            return
 
 
 def fastest(
     offers: Iterable[Offer], spec: LinearSpec, ask: Ask, proof: bool, reasons: Reasons
 ) -> Choice:
     """The offer with the best ratio to dense among those that win; without `proof`, of all."""
-    tried = [(offer, verdict) for offer in offers if (verdict := _asked(offer, spec, ask, reasons))]
+    fitting = [offer for offer in offers if _fits(offer, spec, reasons)]
+    tried = [(each, found) for each in fitting if (found := _asked(each, spec, ask, reasons))]
     tried.sort(key=lambda pair: pair[1].ratio)
     for offer, verdict in tried:
         if not verdict.fault and (verdict.wins or not proof):
             return Choice(offer, verdict)
         reasons.add(offer.kernel, verdict.reason, verdict.ratio)
     return Choice(None, tried[0][1] if tried else None)
+
+
+def _fits(offer: Offer, spec: LinearSpec, reasons: Reasons) -> bool:
+    multiple = offer.lowering.multiple
+    fits = multiple == 1 if spec.rows_vary else spec.rows % multiple == 0
+    if not fits:
+        reasons.add(offer.kernel, f"it takes multiples of {multiple} rows only")
+    return fits
 
 
 def _asked(offer: Offer, spec: LinearSpec, ask: Ask, reasons: Reasons) -> Verdict | None:

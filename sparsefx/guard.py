@@ -6,7 +6,6 @@ which does the epilogue too, must beat a lower bound of the dense cost. docs/gua
 
 import functools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,15 +22,12 @@ from sparsefx.target import LinearSpec, Lowering
 # differ by up to some 2 % between runs, and a tie is not worth a generated kernel.
 MARGIN = 0.97
 
-# Verdicts on rows that vary must hold at `rows` and at this many times `rows`.
-ROWS_FACTOR = 4
-
 # Work of one timed call, in FLOP. Beyond it both times are proportional to the rows, so fewer rows
 # are run and the times scaled up.
-FLOPS_LIMIT = {"cpu": 10**9, "cuda": 10**12}
+FLOPS_LIMIT = {"cpu": 4 * 10**9, "cuda": 10**12}
 ROWS_FLOOR = 32
 
-_PROTOCOL = "1"  # counts changes in how this module measures; older timings are then not read
+_PROTOCOL = "2"  # counts changes in how this module measures; older timings are then not read
 _SEED = 0
 
 
@@ -82,11 +78,13 @@ def measure(
 ) -> Verdict:
     """Times `lowering` against dense F.linear on `device`, in about a tenth of a second.
 
-    `weight` [out, in] and `bias` [out] are the dense layer that `lowering` replaces. Each question
-    (spec, kernel text, device, versions) is answered once for a `cache` folder; weights whose
-    densities agree to two digits share the answer. Raises KernelRunFailed.
+    `weight` [out, in] and `bias` [out] are the dense layer that `lowering` replaces, on `spec.rows`
+    rows; where calls may bring others, `ladder.table` asks for several. Each question (spec, kernel
+    text, device, versions) is answered once for a `cache` folder; weights whose densities agree to
+    two digits share the answer. Raises KernelRunFailed.
     """
     device = torch.device(device)
+    asked, spec = max(1, spec.rows), replace(spec, rows=_runnable_rows(spec, device))
     key = _key(spec, lowering, device)
     known = _known(cache)
     name = json.dumps(key, sort_keys=True)
@@ -96,7 +94,7 @@ def measure(
             verdict = _measured(spec, weight, bias, lowering, device)
             diskcache.remember(cache / "timings", key, asdict(verdict))
         known[name] = verdict
-    return known[name]
+    return _scaled(known[name], asked / spec.rows)
 
 
 def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> Verdict:
@@ -105,11 +103,10 @@ def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> V
     `device_name` and `cache` as in `devices.named`. The kernel is taken to reach the roofline, so
     the answer is what its format can gain at best.
     """
-    device = devices.named(device_name, cache)
-    verdicts = (_modelled(spec, device, rows) for rows in _sizes(spec))
-    return max(verdicts, key=lambda verdict: verdict.ratio)
+    return _modelled(spec, devices.named(device_name, cache), max(1, spec.rows))
 
 
+@functools.lru_cache(maxsize=4096)  # a sum of symbols, asked for again by each equal layer
 def _modelled(spec: LinearSpec, device: devices.Device, rows: int) -> Verdict:
     def microseconds(layout: str) -> float:
         sizes = (spec.out_features, spec.in_features, rows, spec.n, spec.m)
@@ -125,11 +122,6 @@ def _modelled(spec: LinearSpec, device: devices.Device, rows: int) -> Verdict:
         return work.seconds(device) * 1e6
 
     return Verdict(microseconds("dense"), microseconds(spec.layout), "modelled")
-
-
-def _sizes(spec: LinearSpec) -> tuple[int, ...]:
-    rows = max(1, spec.rows)
-    return (rows, ROWS_FACTOR * rows) if spec.rows_vary else (rows,)
 
 
 @dataclass(frozen=True)
@@ -157,34 +149,23 @@ def _measured(
     lowering: Lowering,
     device: torch.device,
 ) -> Verdict:
-    """The worst verdict over the probed numbers of rows; stops at the first that is lost."""
     weight = weight.detach().to(device)
     bias = None if bias is None else bias.detach().to(device)
-    worst: Verdict | None = None
-    for rows, scale in _probes(spec, device):
-        x, extras = _inputs(spec, rows, device)
-        verdict = _compare(_Case(spec, lowering, weight, bias, x, extras), device, scale)
-        if worst is not None:
-            error = max(worst.error or 0.0, verdict.error or 0.0)
-            slower = max(worst, verdict, key=lambda each: (bool(each.fault), each.bound or 0.0))
-            verdict = replace(slower, error=error)
-        worst = verdict
-        if not verdict.wins:
-            break
-    assert worst is not None  # _probes yields at least once
-    return worst
+    x, extras = _inputs(spec, spec.rows, device)
+    return _compare(_Case(spec, lowering, weight, bias, x, extras), device)
 
 
-def _probes(spec: LinearSpec, device: torch.device) -> Iterator[tuple[int, float]]:
-    """(rows to run, factor from their time to that of the rows asked for), distinct rows only."""
+def _runnable_rows(spec: LinearSpec, device: torch.device) -> int:
+    """The rows of the spec, or as many as can be run in the time there is."""
     row = 2 * spec.out_features * spec.in_features
     most = max(ROWS_FLOOR, FLOPS_LIMIT[device.type] // max(1, row))
-    seen: set[int] = set()
-    for asked in _sizes(spec):
-        rows = min(asked, most)
-        if rows not in seen:
-            seen.add(rows)
-            yield rows, asked / rows
+    return min(max(1, spec.rows), most)
+
+
+def _scaled(verdict: Verdict, scale: float) -> Verdict:
+    if scale == 1:
+        return verdict
+    return replace(verdict, dense_us=verdict.dense_us * scale, sparse_us=verdict.sparse_us * scale)
 
 
 def _inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -202,14 +183,13 @@ def _inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def _compare(case: _Case, device: torch.device, scale: float) -> Verdict:
+def _compare(case: _Case, device: torch.device) -> Verdict:
     error, fault = _check(case)
     tensors = (case.weight, *case.lowering.packed)
     took = timing.paired(
         lambda copy: case.dense(copy[0]), lambda copy: case.sparse(copy[1:]), tensors, device
     )
-    times = took.first_us * scale, took.second_us * scale
-    return Verdict(*times, "measured", error, took.bound, fault)
+    return Verdict(took.first_us, took.second_us, "measured", error, took.bound, fault)
 
 
 def _check(case: _Case) -> tuple[float | None, str]:

@@ -11,8 +11,9 @@ from sparsefx.report_rows import Row as Row
 from sparsefx.report_rows import Totals as Totals
 from sparsefx.report_rows import total
 
-_VERSION = 2  # of the JSON form
-_SINCE_2 = {"skipped", "lost_mass", "crossover", "thresholds"}  # fields of a row
+_VERSION = 3  # of the JSON form
+# version -> fields that a row has since then
+_SINCE = {2: {"skipped", "lost_mass", "crossover", "thresholds"}, 3: {"by_rows"}}
 
 
 @dataclass
@@ -53,9 +54,10 @@ class Report:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Report":
-        """Reads what `to_json` wrote, now or at version 1. Raises InvalidReport, OSError."""
-        contents = report_json.read(Path(path), "rows", (1, _VERSION))
-        known = set(_TYPES) - (_SINCE_2 if contents.version == 1 else set())
+        """Reads what `to_json` wrote, at any version. Raises InvalidReport, OSError."""
+        contents = report_json.read(Path(path), "rows", range(1, _VERSION + 1))
+        later = (names for version, names in _SINCE.items() if version > contents.version)
+        known = set(_TYPES).difference(*later)
         rows = [
             # The values are of the types of their fields, which mypy cannot see.
             Row(**report_json.entry_of(Path(path), entry, _TYPES, known, "row"))  # type: ignore[arg-type]

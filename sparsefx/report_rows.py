@@ -20,6 +20,8 @@ class Row:
     kernel: the chosen kernel, "" where it stayed dense; times in microseconds, NaN-free, None where
     not taken; how: "measured", "modelled" or ""; error: largest |sparse - dense| over largest
     |dense| on the guard's inputs; reason: why the node stayed dense ("" only if a kernel is there).
+    by_rows: where a table in the graph chooses by the rows of each call: who runs which, e.g.
+    "cpp_nm_linear 1..32, dense 33..", the times being those at the rows of `shape`; else "".
     bytes: dense and stored bytes of the weight.
 
     Of an attention: error: relative output error of the layer, |O - dense| / |dense| in the 2-norm,
@@ -46,6 +48,7 @@ class Row:
     lost_mass: float | None = None
     crossover: int | None = None
     thresholds: str = ""
+    by_rows: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -56,7 +59,9 @@ class Row:
 
     @property
     def chosen_us(self) -> float | None:
-        """The time of what runs now: sparse_us under a kernel, else dense_us."""
+        """The time of what runs now: sparse_us under a kernel, else dense_us; by rows the less."""
+        if self.by_rows and self.dense_us is not None and self.sparse_us is not None:
+            return min(self.dense_us, self.sparse_us)
         return self.sparse_us if self.kernel else self.dense_us
 
     def violations(self) -> list[str]:

@@ -149,7 +149,7 @@ def _attention_cells(row: Row, frame: _Frame) -> dict[str, str]:
 
 
 def _runs(row: Row, frame: _Frame) -> str:
-    return words.printable(row.kernel) or f"dense [{frame.numbers[row.reason]}]"
+    return words.printable(row.by_rows or row.kernel) or f"dense [{frame.numbers[row.reason]}]"
 
 
 def _times(row: Row) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import torch
 
+_LARGEST = 2**31
+
 
 def hint(size: int | torch.SymInt) -> int:
     """The size at the example input; 1 where a symbol has none."""
@@ -13,6 +15,16 @@ def hint(size: int | torch.SymInt) -> int:
 def varies(size: int | torch.SymInt) -> bool:
     """Whether other calls of the same graph may bring another size."""
     return isinstance(size, torch.SymInt) and not bool(size.node.expr.is_number)
+
+
+def bounds(size: int | torch.SymInt) -> tuple[int, int]:
+    """The least size that calls may bring, at least 1, and the greatest, at most 2^31."""
+    if isinstance(size, int) or not varies(size):
+        return hint(size), hint(size)
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    # Comparisons come first: infinity, which has no int, is a class of torch's own.
+    least = 1 if found.lower < 1 else int(found.lower)
+    return least, _LARGEST if found.upper >= _LARGEST else int(found.upper)
 
 
 def always_one(size: int | torch.SymInt) -> bool:

@@ -58,6 +58,7 @@ class Lowering:
     are the (perhaps re-arranged) stored tensors, `bias` a Tensor or None, `extras` the operands of
     the epilogue, and `handle` the text that names the built kernel, stable over processes. Result:
     [..., features], contiguous, x's dtype. `text` is the generated source, `path` where it lies.
+    The kernel takes only x whose number of rows is a multiple of `multiple`.
     """
 
     op: OpOverload
@@ -66,6 +67,7 @@ class Lowering:
     features: int
     text: str
     path: str
+    multiple: int = 1
 
     def run(
         self,

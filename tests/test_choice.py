@@ -1,7 +1,7 @@
 """Of all kernels and all their tunings the fastest that is right and beats dense."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -54,8 +54,7 @@ def chosen(
     kernels: list[Tuned], ask: choice.Ask, proof: bool = True
 ) -> tuple[str, choice.Choice, str]:
     reasons = choice.Reasons()
-    ways = choice.configurations(kernels, SPEC)
-    offers = choice.built(ways, SPEC, (torch.ones(1),), reasons)
+    offers = choice.built(choice.proposed(kernels, [SPEC]), (torch.ones(1),), reasons)
     found = choice.fastest(offers, SPEC, ask, proof, reasons)
     return "" if found.offer is None else found.offer.lowering.handle, found, str(reasons)
 
@@ -93,15 +92,15 @@ def test_without_proof_the_fastest_is_taken_though_it_loses() -> None:
 
 def test_best_guesses_come_first_and_eight_are_tried() -> None:
     kernels = [Tuned("a", tiles=tuple(range(9))), Tuned("b", tiles=tuple(range(9)))]
-    ways = choice.configurations(kernels, SPEC)
-    assert [(way.name, way.tile) for way in ways] == [  # type: ignore[attr-defined]
-        (name, tile) for tile in range(4) for name in "ab"
-    ]
+    offers = choice.built(choice.proposed(kernels, [SPEC]), (), choice.Reasons())
+    handles = [offer.lowering.handle for offer in offers]
+    assert handles == [f"{name}{tile}" for tile in range(4) for name in "ab"]
 
 
 def test_a_setting_that_makes_the_same_kernel_is_built_once() -> None:
     reasons = choice.Reasons()
-    offers = choice.built([Tuned("a"), Tuned("a", fails=False, tiles=(0, 1))], SPEC, (), reasons)
+    specs = [replace(SPEC, rows=rows) for rows in (1, 64)]
+    offers = choice.built(choice.proposed([Tuned("a")], specs), (), reasons)
     assert [offer.lowering.handle for offer in offers] == ["a0"]
 
 

@@ -128,27 +128,32 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Report.from_json(tmp_path / "report.json") == report
 
 
-NEW = ("skipped", "lost_mass", "crossover", "thresholds")
+NEW = {
+    1: ("skipped", "lost_mass", "crossover", "thresholds", "by_rows"),
+    2: ("by_rows",),
+}
 
 
-def test_a_report_of_version_1_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", NEW)
+def test_a_report_of_an_older_version_is_read(tmp_path: Path, version: int) -> None:
     path = tmp_path / "report.json"
     report = Report("Llama", [LOWERED, DENSE])
     report.to_json(path)
     data = json.loads(path.read_text())
-    assert data["version"] == 2
-    data["version"] = 1
+    assert data["version"] == 3
+    data["version"] = version
     path.write_text(json.dumps(data))
     with pytest.raises(InvalidReport, match="does not have the fields"):
         Report.from_json(path)
+    new = NEW[version]
     data["rows"] = [
-        {name: value for name, value in row.items() if name not in NEW} for row in data["rows"]
+        {name: value for name, value in row.items() if name not in new} for row in data["rows"]
     ]
     path.write_text(json.dumps(data))
     assert Report.from_json(path) == report
-    data["version"] = 2
+    data["version"] = 3
     path.write_text(json.dumps(data))
-    with pytest.raises(InvalidReport, match="skipped, lost_mass, crossover, thresholds"):
+    with pytest.raises(InvalidReport, match="does not have the fields.*by_rows"):
         Report.from_json(path)
 
 

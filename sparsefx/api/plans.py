@@ -11,6 +11,7 @@ from sparsefx import guard as guards
 from sparsefx.attention import guard as attention_guards
 from sparsefx.attention.wanted import Wanted
 from sparsefx.attributes import count_nonfinite
+from sparsefx.by_rows import dispatch_us
 from sparsefx.compiler import Plan, inductor
 from sparsefx.devices import nearest
 from sparsefx.errors import NonFiniteWeight, UnknownOption
@@ -45,7 +46,9 @@ def make_plan(
     of parameters whose masks stay with gradients on. Raises UnknownOption, InvalidSetting.
     """
     pipelines.check_skipped()
-    judges = pipelines.Judges(_judge(request), _attention_judge(request), request.guard != "off")
+    judges = pipelines.Judges(
+        _judge(request), _attention_judge(request), request.guard != "off", _dispatch_us(request)
+    )
     passes = pipelines.inference(request.target, judges, wanted)
     if recipe is not None and recipe.weights:
         passes = (ApplyRecipe(recipe), *passes)
@@ -104,6 +107,11 @@ def _attention_judge(request: Request) -> AttentionJudge:
         return attention_guards.model(spec, _roofline(target), cache=cache)
 
     return measured if request.guard == "measure" else modelled
+
+
+def _dispatch_us(request: Request) -> float:
+    """The model is optimistic: it leaves out what both sides of a choice pay."""
+    return dispatch_us(request.target.device) if request.guard == "measure" else 0.0
 
 
 def _roofline(target: Target) -> str:
