@@ -15,11 +15,11 @@ CODE := sparsefx passes codegen tests examples benchmarks
 QUIET := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types format golden aot bench wheel clean
+.PHONY: help demo test check lint types format golden aot bench figures performance wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.ready-demo ## install, then prune, compile, export and time SmolLM2-135M
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/compile_smollm2.py
@@ -51,8 +51,15 @@ golden: $(VENV)/.ready-test ## accept the present graphs and kernel texts as tes
 aot: $(VENV)/.ready-test ## compile the generated Triton kernels for GPUs that are absent
 	$(QUIET) $(BIN)/pytest -k aot $(PYTEST_ARGS)
 
-bench: $(VENV)/.ready-demo ## time compiled models against torch.compile (quiet machine!)
+bench: $(VENV)/.ready-demo ## time kernels and compiled models against dense ones (quiet machine!)
+	$(BIN)/python benchmarks/cpu.py --quick
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/model.py
+
+figures: $(VENV)/.ready-demo ## take all figures of docs/performance.md again (quiet machine, half an hour)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/performance.py --measure
+
+performance: $(VENV)/.ready-demo ## write the tables and plots of docs/performance.md from benchmarks/results
+	$(BIN)/python benchmarks/performance.py
 
 wheel: $(VENV)/.ready-test ## dist/: wheel and sdist
 	rm -rf build/lib dist

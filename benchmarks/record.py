@@ -11,7 +11,7 @@ import torch
 
 from sparsefx.files import write_atomically
 
-PACKAGES = ("sparsefx", "torch", "triton", "transformers")
+PACKAGES = ("sparsefx", "torch", "triton", "onnxruntime", "transformers")
 
 
 def machine() -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""Rewrites the tables and plots of docs/performance.md from the newest files in benchmarks/results.
+
+    python benchmarks/performance.py              or: make performance
+    python benchmarks/performance.py --measure    takes all figures again first: half an hour alone
+
+What stands between `<!-- name:begin -->` and `<!-- name:end -->` is generated, all other text kept.
+"""
+
+import argparse
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when run as a script
+
+from benchmarks.performance_cpu import CPU_BLOCKS, charts
+from benchmarks.performance_gpu import GPU_BLOCKS
+from benchmarks.performance_models import MODEL_BLOCKS
+from benchmarks.results_files import RESULTS
+from sparsefx.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+BLOCKS = {**CPU_BLOCKS, **GPU_BLOCKS, **MODEL_BLOCKS}
+# script and flags -> the kind of its results file
+RUNS = {
+    ("cpu.py", "--quick", "--seconds", "3"): "linears-quick",
+    ("cpu.py",): "linears",
+    ("linear.py",): "linear-llama",
+    ("model.py",): "models",
+    ("recipes.py",): "recipes",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the page and its plots."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--measure", action="store_true", help="run the benchmarks first")
+    options = parser.parse_args(arguments)
+    if options.measure:
+        measure()
+    for name, text in files(PAGE.read_text(), RESULTS).items():
+        write_atomically(PAGE.parent / name, text.encode())
+
+
+def files(page: str, results: Path) -> dict[str, str]:
+    """Name in docs/ -> text: the page with its blocks filled from `results`, and the plots."""
+    for name, block in BLOCKS.items():
+        page = filled(page, name, block(results))
+    return {PAGE.name: page, **charts(results)}
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """`page` with `text` between the marks of `name`. Raises ValueError if they are not there."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page needs {begin!r} and {end!r}, each once")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}{text.strip()}\n{end}{rest.partition(end)[2]}"
+
+
+def measure() -> None:
+    """Runs every benchmark of the page and keeps its figures."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    date = datetime.now(UTC).date().isoformat()
+    for (script, *flags), kind in RUNS.items():
+        target = RESULTS / f"{kind}-{device}-{date}.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
+        subprocess.run([*command, "--json", str(target)], check=True)
+
+
+if __name__ == "__main__":
+    main()
