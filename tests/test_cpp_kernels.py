@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefx import ops
 from sparsefx.codegen.cpp import TARGET_KERNELS, CppLinear, isa
-from sparsefx.epilogue import Step, parse
+from sparsefx.epilogue import Step, features, is_gated, parse
 from sparsefx.errors import DtypeMismatch, KernelNotFound, ShapeMismatch, UnknownOption
 from sparsefx.formats import pack_bitmap, pack_nm
 from sparsefx.spec import NM
@@ -30,6 +30,10 @@ EPILOGUES = [
     "scale -0.5",
     "add 0",
     "mul 0",
+    "gate_relu;add 0",
+    "gate_silu",
+    "gate_gelu",
+    "gate_gelu_tanh",
     "silu;mul 0;scale 1e-05;add 1",
 ]
 
@@ -102,7 +106,7 @@ class Case:
     def extras(self, *leading: int) -> list[Tensor]:
         binary = [step for step in parse(self.epilogue) if step.op in ("add", "mul")]
         count = max((int(step.operand or 0) + 1 for step in binary), default=0)
-        return [self.tensor(*leading, self.out) for _ in range(count)]
+        return [self.tensor(*leading, features(self.out, self.epilogue)) for _ in range(count)]
 
     def run(self, x: Tensor, extras: list[Tensor]) -> Tensor:
         return self.lowering.run(x, self.bias, extras)
@@ -123,7 +127,8 @@ class Case:
         assert got.is_contiguous(), self
         if want.numel():
             terms = x.double().abs() @ self.weight.double().abs().t()  # what may have cancelled
-            bound = ROUNDING[self.dtype] * want.abs().max() + 1e-6 * terms.max()
+            factors = 2 if is_gated(self.epilogue) else 1
+            bound = ROUNDING[self.dtype] * want.abs().max() + 1e-6 * terms.max() ** factors
             error = (got.double() - want).abs().max()
             assert error <= bound, f"{self} x={tuple(x.shape)}: {error:.2e} > {bound:.2e}"
 
@@ -158,6 +163,13 @@ def test_a_long_epilogue_everywhere(
 ) -> None:
     case = Case(pattern, dtype, 6, 64, isa_name, True, EPILOGUES[-1])
     case.check(case.tensor(5, 64))
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+def test_a_gate_everywhere(isa_name: str) -> None:
+    case = Case(0.5, torch.bfloat16, 14, 72, isa_name, True, "gate_silu;mul 0")
+    for rows in (1, 5, 40):
+        case.check(case.tensor(rows, 72))
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
@@ -339,8 +351,8 @@ def test_fake_result_is_exact() -> None:
 
 
 def test_epilogue_steps_are_all_covered() -> None:
-    from sparsefx.epilogue import ACTIVATIONS, BINARY
+    from sparsefx.epilogue import ACTIVATIONS, BINARY, GATES
 
     covered = {step.op for text in EPILOGUES for step in parse(text)}
-    assert covered == {*ACTIVATIONS, *BINARY, "scale"}
+    assert covered == {*ACTIVATIONS, *GATES, *BINARY, "scale"}
     assert Step("scale", 1e-05) in parse(EPILOGUES[-1])

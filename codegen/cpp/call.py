@@ -31,6 +31,7 @@ class Loaded(NamedTuple):
     n: int
     m: int
     index_bits: int
+    of_w: int
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of the keys of a row: indices of its values, or one bit a column."""
@@ -45,9 +46,9 @@ def load(handle: str) -> Loaded:
     run = found.sparsefx_linear
     run.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32]
     run.restype = ctypes.c_int32
-    has_bias, extras, n, m, index_bits = (ctypes.c_int32 * 5).in_dll(found, "sparsefx_numbers")
+    has_bias, *numbers = (ctypes.c_int32 * 6).in_dll(found, "sparsefx_numbers")
     dtype = (ctypes.c_char * 16).in_dll(found, "sparsefx_dtype").value.decode()
-    return Loaded(run, getattr(torch, dtype), bool(has_bias), extras, n, m, index_bits)
+    return Loaded(run, getattr(torch, dtype), bool(has_bias), *numbers)
 
 
 def linear(
@@ -68,7 +69,7 @@ def linear(
     """
     kernel = load(handle)
     values, keys, *row_ptr = packed
-    if keys.shape[0] != features:
+    if keys.shape[0] != features * kernel.of_w:
         raise _misshapen("index or bits", keys, f"the result has {features} features")
     if row_ptr:
         _check_bitmap(keys, row_ptr[0])
@@ -95,7 +96,7 @@ def _run(
 ) -> Tensor:
     _check(kernel, x, values, keys, bias, extras)
     out = keys.shape[0]
-    y = linear_output(x, out)
+    y = linear_output(x, out // kernel.of_w)
     if not y.numel():
         return y
     x, values, keys = x.contiguous(), values.contiguous(), keys.contiguous()
@@ -109,7 +110,7 @@ def _run(
         None if bias is None else bias.data_ptr(),
         (ctypes.c_void_p * len(extras))(*[extra.data_ptr() for extra in extras]),
         y.data_ptr(),
-        y.numel() // out,
+        y.numel() // y.shape[-1],
         x.shape[-1],
         out,
         keys.shape[1],

@@ -10,20 +10,24 @@ from pathlib import Path
 import torch
 
 from sparsefx.codegen.cpp.isa import Isa
-from sparsefx.epilogue import Step, parse
+from sparsefx.epilogue import Step, is_gated, parse
 from sparsefx.target import LinearSpec
 
 VALUE_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TEMPLATES = Path(__file__).parent / "templates"
 OPENMP = _TEMPLATES / "openmp.h"
 _BEGIN, _END = "// begin specialisation\n", "// end specialisation\n"
-_STEPS = {
+_ACTIVATIONS = {
     "relu": "acc = acc < 0 ? 0 : acc;",
     "silu": "acc = acc / (1 + std::exp(-acc));",
     "gelu": "acc = 0.5f * acc * (1 + std::erf(acc * 0.70710678f));",
     "gelu_tanh": (
         "acc = 0.5f * acc * (1 + std::tanh(0.79788456f * (acc + 0.044715f * acc * acc * acc)));"
     ),
+}
+_STEPS = {
+    **_ACTIVATIONS,
+    **{f"gate_{name}": f"{line} acc *= up;" for name, line in _ACTIVATIONS.items()},
     "scale": "acc *= {0!r}f;",
     "add": "acc += widen(extras[{0}] + at);",
     "mul": "acc *= widen(extras[{0}] + at);",
@@ -54,10 +58,11 @@ def _specialisation(spec: LinearSpec, isa: Isa, threads: Path) -> str:
 extern "C" const char sparsefx_dtype[16] = "{dtype_name(spec.dtype)}";
 constexpr int N = {spec.n}, M = {spec.m or 1};
 constexpr int BIAS = {int(spec.has_bias)}, EXTRAS = {_extras(steps)};
+constexpr int OF_W = {1 + is_gated(spec.epilogue)};
 
 {inlined(threads)}
 {inlined(_TEMPLATES / isa.template(spec))}
-{_epilogue(spec.has_bias, steps)}"""
+{_epilogue(spec.has_bias, steps, is_gated(spec.epilogue))}"""
 
 
 def inlined(path: Path) -> str:
@@ -69,12 +74,19 @@ def inlined(path: Path) -> str:
     )
 
 
-def _epilogue(has_bias: bool, steps: tuple[Step, ...]) -> str:
-    lines = ["acc += widen(bias + column);  // bias"] if has_bias else []
+def _epilogue(has_bias: bool, steps: tuple[Step, ...], gated: bool) -> str:
+    lines = ["float acc = sums[0];"]
+    if gated:
+        lines += ["float up = sums[1];"]
+    if has_bias and gated:
+        lines += ["acc += widen(bias + 2 * feature), up += widen(bias + 2 * feature + 1);  // bias"]
+    elif has_bias:
+        lines += ["acc += widen(bias + feature);  // bias"]
     lines += [f"{_STEPS[step.op].format(step.operand)}  // {step}" for step in steps]
     body = "".join(f"    {line}\n" for line in lines)
-    return f"""// One line for each step between the sum and y; `at` is the place in y and extras.
-static inline float epilogue(float acc, [[maybe_unused]] int64_t column,
+    return f"""// One line for each step from the sums of OF_W rows of W to a feature of y; `at` is
+// its place there and in extras.
+static inline float epilogue(const float* sums, [[maybe_unused]] int64_t feature,
                              [[maybe_unused]] int64_t at, [[maybe_unused]] const Value* bias,
                              [[maybe_unused]] const Value* const* extras) {{
 {body}    return acc;

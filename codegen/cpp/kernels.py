@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import build, call, emit
 from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
-from sparsefx.epilogue import is_gated
+from sparsefx.epilogue import features
 from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
 from sparsefx.target import LinearSpec, Lowering
@@ -38,8 +38,6 @@ class CppLinear:
             return f"{spec.dtype} is not one of float32, bfloat16, float16"
         if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):
             return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
-        if is_gated(spec.epilogue):
-            return "it does not multiply gate and up"
         if not self._isa().present():
             return f"this CPU has no {self._isa().name}"
         if build.compiler() is None:
@@ -67,7 +65,8 @@ class CppLinear:
         as_is = self.layout == "bitmap" or isa.picks(spec)
         arranged = packed if as_is else _keep_bits(spec, packed)
         op, source = torch.ops.sparsefx_cpp.linear.default, path.with_suffix(".cpp")
-        return Lowering(op, arranged, handle, spec.out_features, text, str(source))
+        width = features(spec.out_features, spec.epilogue)
+        return Lowering(op, arranged, handle, width, text, str(source))
 
     def _isa(self) -> Isa:
         return best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)

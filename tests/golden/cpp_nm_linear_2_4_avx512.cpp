@@ -20,6 +20,7 @@ using Value = float;
 extern "C" const char sparsefx_dtype[16] = "float32";
 constexpr int N = 2, M = 4;
 constexpr int BIAS = 1, EXTRAS = 1;
+constexpr int OF_W = 1;
 
 // body(i) for each i of [0, count), on at most `threads` threads, those of OpenMP. What shares out a
 // kernel's work must call this, and nothing else of OpenMP: in a library for onnxruntime another
@@ -136,11 +137,13 @@ static inline void stage_block(const Value* x, int64_t columns, X* staged) {
     stage_16(x, columns, staged);
     stage_16(x + 16, columns - 16, staged + 16);
 }
-// One line for each step between the sum and y; `at` is the place in y and extras.
-static inline float epilogue(float acc, [[maybe_unused]] int64_t column,
+// One line for each step from the sums of OF_W rows of W to a feature of y; `at` is
+// its place there and in extras.
+static inline float epilogue(const float* sums, [[maybe_unused]] int64_t feature,
                              [[maybe_unused]] int64_t at, [[maybe_unused]] const Value* bias,
                              [[maybe_unused]] const Value* const* extras) {
-    acc += widen(bias + column);  // bias
+    float acc = sums[0];
+    acc += widen(bias + feature);  // bias
     acc = acc / (1 + std::exp(-acc));  // silu
     acc *= widen(extras[0] + at);  // mul 0
     acc *= 0.5f;  // scale 0.5
@@ -263,25 +266,28 @@ struct Tail {
     const Value* bias;
     const Value* const* extras;
     Value* y;
-    void store(float acc, int64_t column, int64_t at) const {
-        narrow(epilogue(acc, column, at, bias, extras), y + at);
+    int64_t features;  // of a row of y
+    // Stores the sums of `count` adjacent rows of W, from an even one on, with row `row` of x.
+    void store(const float* sums, int64_t count, int64_t column, int64_t row) const {
+        for (int64_t i = 0; i < count; i += OF_W) {
+            const int64_t feature = (column + i) / OF_W, at = row * features + feature;
+            narrow(epilogue(sums + i, feature, at, bias, extras), y + at);
+        }
     }
 };
 
-// HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read again and the
-// result is dropped, which saves a second copy of this code for the remainder.
+// sums[b][r] of HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read
+// again and the result is dropped, which saves a second copy of this code for the remainder.
 template <int HEIGHT, int BATCH>
-static void rows_by_batch(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
-                          int64_t column, int64_t first) {
+static inline void rows_by_batch(const Weight& weight, const X* x, const Shape& shape,
+                                 int64_t column, float (*sums)[ROWS]) {
     Row rows[HEIGHT];
     for (int r = 0; r < HEIGHT; ++r)
         rows[r] = weight.row(std::min(column + r, shape.out - 1), shape);
-    float sums[HEIGHT][BATCH];
-    dot(rows, x, shape, weight.ahead(column, HEIGHT, shape), sums);
-    const int64_t end = std::min(column + HEIGHT, shape.out);
+    float dots[HEIGHT][BATCH];
+    dot(rows, x, shape, weight.ahead(column, HEIGHT, shape), dots);
     for (int b = 0; b < BATCH; ++b)
-        for (int64_t c = column; c < end; ++c)
-            tail.store(sums[c - column][b], c, (first + b) * shape.out + c);
+        for (int r = 0; r < HEIGHT; ++r) sums[b][r] = dots[r][b];
 }
 
 // ROWS rows of W by BATCH rows of x, as many rows of W side by side as registers hold sums.
@@ -289,9 +295,12 @@ template <int BATCH>
 static void group_by_batch(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
                            int64_t column, int64_t first) {
     constexpr int HEIGHT = std::max(1, std::min(ROWS, SUMS / BATCH));
-    const int64_t end = std::min(column + ROWS, shape.out);
-    for (; column < end; column += HEIGHT)
-        rows_by_batch<HEIGHT, BATCH>(weight, x, shape, tail, column, first);
+    const int64_t count = std::min<int64_t>(ROWS, shape.out - column);
+    float sums[BATCH][ROWS];
+    for (int64_t r = 0; r < count; r += HEIGHT)
+        rows_by_batch<HEIGHT, BATCH>(weight, x, shape, column + r,
+                                     reinterpret_cast<float (*)[ROWS]>(&sums[0][r]));
+    for (int b = 0; b < BATCH; ++b) tail.store(sums[b], count, column, first + b);
 }
 
 static int batch_block(int64_t left) {
@@ -335,10 +344,10 @@ static void stage(const Value* x, X* staged, const Shape& shape, int64_t batch) 
 }
 
 // What the caller must know of the specialisation.
-extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS};
+extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W};
 
 // x [batch, in], values [value_count], keys [out, row_bytes], row_ptr [out + 1] (bitmap only),
-// bias [out], extras: pointers to [batch, out], y [batch, out]; all contiguous, all of type Value
+// bias [out], extras: pointers to [batch, out / OF_W], y the same; all contiguous, all of type Value
 // but keys and row_ptr. Returns 0, or 1 if there is no memory for the copies it works on; out > 0.
 extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const uint8_t* keys,
                                    const int32_t* row_ptr, const Value* bias,
@@ -346,7 +355,7 @@ extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const ui
                                    int64_t out, int64_t row_bytes, int64_t value_count,
                                    int32_t threads) {
     const Shape shape{in, out, row_bytes, value_count};
-    const Tail tail{bias, extras, y};
+    const Tail tail{bias, extras, y, out / OF_W};
     Weight weight{values, keys, row_ptr, 0, nullptr};
     Value* padded = weight.pad(shape);
     const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
