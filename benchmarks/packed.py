@@ -119,14 +119,13 @@ class Stored:
         self, rows: int, kernels: Sequence[Kernel], reasons: choice.Reasons
     ) -> "Iterator[Packed]":
         spec = self.spec(rows)
-        accepting = []
-        for kernel in (each for each in kernels if each.layout == spec.layout):
+        fitting = [kernel for kernel in kernels if kernel.layout == spec.layout]
+        for kernel in fitting:
             if reason := kernel.accepts(spec):
                 reasons.add(kernel, reason)
-            else:
-                accepting.append(kernel)
-        ways = choice.configurations(accepting, spec)
-        for offer in choice.built(ways, spec, self.tensors, reasons):
+        for offer in choice.built(choice.proposed(fitting, [spec]), self.tensors, reasons):
+            if rows % offer.lowering.multiple:
+                continue
             yield Packed(self, spec, offer.kernel.name, offer.lowering)
 
 
