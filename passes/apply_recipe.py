@@ -69,6 +69,7 @@ def _prune(
     )
     attribute = Site(gm, candidate.node, author).constant(f"{name}_pruned", pruned)
     attribute.meta["sparsefx_parameter"] = name
+    attribute.meta["sparsefx_pattern"] = pattern
     candidate.node.replace_input_with(weight, attribute)
     ctx.baked.add(str(weight.target))
 
@@ -83,5 +84,6 @@ def _kept(candidate: Candidate, pattern: Pattern) -> Tensor:
         raise PatternDoesNotFit(pattern=pattern, name=name, shape=shape, rule=misfit)
     if bad := count_nonfinite(weight):
         raise NonFiniteWeight(name=name, count=bad)
-    kept = torch.where(solve(weight, pattern, {}).keep, weight, 0)
+    solved = solve(weight, pattern, {})
+    kept = torch.where(solved.keep, solved.weight.to(weight.dtype) if pattern.values else weight, 0)
     return kept.t() if candidate.transposed else kept

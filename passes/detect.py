@@ -1,9 +1,11 @@
 """dense -> dense:  each candidate gets a row of the report; weights are searched for patterns.
 
-Runs first. Reads the zeros that are in the weights of an arbitrary checkpoint; changes no node.
+Runs first. Reads the zeros, and codes times scales, that are in the weights of an arbitrary
+checkpoint; changes no node.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -14,12 +16,14 @@ from sparsefx.candidates import (
     Candidate,
     candidates,
     is_flex,
+    parameter_name,
     rows_of,
     stored_weight,
 )
 from sparsefx.pipeline import PassContext
 from sparsefx.report import Row
 from sparsefx.rewrite import arguments
+from sparsefx.spec import Pattern
 
 NOT_ASKED = "attention is dense: the recipe asks for no sparse attention"
 
@@ -29,10 +33,13 @@ class Detect:
     """Finds the candidates of a graph and the tightest pattern of each constant weight.
 
     attention: whether thresholds are to be laid on attentions; `threshold_softmax` then says what
-    became of each.
+    became of each. patterns: parameter name -> what was decided for it, which is looked for first;
+    codes: whether weights are searched for codes too, or only their zeros.
     """
 
     attention: bool = False
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    codes: bool = True
     name: str = "detect"
     stage: str = "dense"
 
@@ -49,7 +56,7 @@ class Detect:
     def _row(self, candidate: Candidate, ctx: PassContext) -> Row:
         row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)
         if candidate.op != "attention":
-            return _other_row(row, candidate, ctx)
+            return _other_row(self, row, candidate, ctx)
         if candidate.node.target is ATTENTION:
             row = replace(row, shape=shape_text(candidate.node))
         if is_flex(candidate.node):
@@ -57,7 +64,7 @@ class Detect:
         return row if self.attention else replace(row, reason=NOT_ASKED)
 
 
-def _other_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
+def _other_row(options: Detect, row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     if candidate.op == "layer":
         return replace(row, reason="its linears are inside one operator, which is left as it is")
     if candidate.op == "conv":
@@ -67,10 +74,10 @@ def _other_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     if candidate.weight is None:
         reason = "the weight is computed or changed in the graph, or transposed there"
         return replace(row, reason=reason)
-    return _weight_row(row, candidate, ctx)
+    return _weight_row(options, row, candidate, ctx)
 
 
-def _weight_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
+def _weight_row(options: Detect, row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     assert candidate.weight is not None
     weight = candidate.weight.meta["val"]
     name = str(candidate.weight.target)
@@ -83,7 +90,9 @@ def _weight_row(row: Row, candidate: Candidate, ctx: PassContext) -> Row:
     size = weight.numel() * weight.element_size()
     shape = f"{out}x{in_} @ {rows}{'..' if vary else ''}"
     row = replace(row, shape=shape, dense_bytes=size, stored_bytes=size)
-    found = ctx.weights.found(weight, candidate.transposed)
+    said = options.patterns.get(parameter_name(candidate.weight))
+    hint = candidate.weight.meta.get("sparsefx_pattern", said)
+    found = ctx.weights.found(weight, candidate.transposed, hint, codes=options.codes)
     if found.pattern is None:
         return replace(row, reason=found.reason)
     return replace(row, pattern=str(found.pattern))

@@ -1,6 +1,8 @@
 """Which passes run, in which order, for which exit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sparsefx import debug
 from sparsefx.attention.wanted import Wanted
@@ -18,9 +20,11 @@ from sparsefx.passes.pack_block import PackBlock
 from sparsefx.passes.pack_nm import PackNM
 from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 from sparsefx.pipeline import Pass
+from sparsefx.spec import Pattern
 from sparsefx.target import Target
 
 DENSE = Wanted()
+_NOTHING: Mapping[str, Pattern] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,30 @@ class Judges:
     dispatch_us: float = 0.0
 
 
-def inference(target: Target, judges: Judges, wanted: Wanted = DENSE) -> tuple[Pass, ...]:
-    """For torch.compile without gradients: down to kernels."""
+def inference(
+    target: Target,
+    judges: Judges,
+    wanted: Wanted = DENSE,
+    patterns: Mapping[str, Pattern] = _NOTHING,
+) -> tuple[Pass, ...]:
+    """For torch.compile without gradients: down to kernels; patterns: as `Detect` takes them."""
     return (
-        *packing(wanted),
+        *packing(wanted, patterns),
         LowerAttention(target, judges.attention, judges.proof),
         Lower(target, judges.linear, judges.proof, judges.dispatch_us),
     )
 
 
-def packing(wanted: Wanted = DENSE, *, blocks: bool = True) -> tuple[Pass, ...]:
-    """Down to packed dialect nodes; without `blocks`, which become bitmaps: what ONNX takes."""
+def packing(
+    wanted: Wanted = DENSE, patterns: Mapping[str, Pattern] = _NOTHING, *, onnx: bool = False
+) -> tuple[Pass, ...]:
+    """Down to packed dialect nodes; onnx: what its export takes, blocks as bitmaps and no codes."""
     return (
-        Detect(attention=bool(wanted)),
+        Detect(attention=bool(wanted), patterns=patterns, codes=not onnx),
         *thresholding(wanted),
         InsertMasks(),
         PackNM(),
-        *((PackBlock(),) if blocks else ()),
+        *(() if onnx else (PackBlock(),)),
         PackBitmap(),
         FoldMasks(),
         FuseEpilogue(),

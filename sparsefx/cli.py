@@ -38,6 +38,7 @@ a recipe names weights, and attentions, by glob; the first one that matches deci
   pattern = "nm"              # n kept of m
   n = 2
   m = 4
+  values = "int4"             # codes: or "int8", "int8_dynamic", "fp8"; group = 128 to a scale
   [[weights]]
   match = "*.self_attn.*"
   pattern = "unstructured"    # or "block" (rows, cols, sparsity), "rows", "columns", "dense"

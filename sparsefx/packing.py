@@ -57,11 +57,12 @@ class Packing:
     @classmethod
     def of(cls, pattern: Pattern) -> "Packing":
         """The tightest packing of weights of a pattern that was found in them."""
+        values, group = pattern.values, pattern.group
         if isinstance(pattern, NM) and pattern.m in NM_GROUPS:
-            return cls("nm", n=pattern.n, m=pattern.m)
+            return cls("nm", n=pattern.n, m=pattern.m, values=values, group=group)
         if isinstance(pattern, Block):
-            return cls("block", block=(pattern.rows, pattern.cols))
-        return cls("bitmap")
+            return cls("block", block=(pattern.rows, pattern.cols), values=values)
+        return cls("bitmap", values=values, group=group)
 
     def as_bitmap(self) -> "Packing":
         """The same values in a bitmap; unquantised where those of a block share a scale."""

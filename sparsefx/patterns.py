@@ -1,4 +1,7 @@
-"""Sparsity patterns of weights: frozen dataclasses that turn scores into a mask."""
+"""Sparsity patterns of weights: frozen dataclasses that turn scores into a mask.
+
+Each says as well how the weights that stay are stored (`Stored`): as they are, or as codes.
+"""
 
 from dataclasses import dataclass
 
@@ -9,12 +12,67 @@ from sparsefx.criteria import Criterion as Criterion
 from sparsefx.criteria import DSnoT, Reconstruct
 from sparsefx.criteria import Magnitude as Magnitude
 from sparsefx.errors import InvalidPattern
+from sparsefx.quantise import LARGEST
+
+_BY_KIND = -1  # stands for the kind's own group until the pattern is made
+_GROUP_STEP = 16  # whole groups of N:M, and bytes of a bitmap
 
 _MAGNITUDE = Magnitude()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How the weights that a pattern keeps are stored.
+
+    values: "" in the weight's dtype; "int8", "int4", "fp8" (e4m3) as codes, each w = code * scale;
+    "int8_dynamic" as int8, and the layer's input is rounded to int8 at run time as well. group:
+    input columns to a scale, a multiple of 16, or 0 for one scale a row; by default 128 for int4
+    and else 0. Blocks have a scale each, and no group.
+    """
+
+    values: str = ""
+    group: int = _BY_KIND
+
+    def _check_values(self) -> None:
+        """Raises InvalidPattern; puts the default group in."""
+        is_block = isinstance(self, Block)
+        if self.values not in ("", *LARGEST):
+            rule = f"values are one of {', '.join(LARGEST)}, or '' for the weight's own type"
+            raise self._invalid(rule, 'Four-bit codes are values="int4"')
+        if self.group == _BY_KIND:
+            object.__setattr__(self, "group", self._usual_group)
+        if not _whole(self.group) or self.group < 0 or self.group % _GROUP_STEP:
+            rule = f"group={self.group!r} is neither 0 nor a multiple of {_GROUP_STEP}"
+            raise self._invalid(rule, "group=128 has a scale for 128 input columns")
+        if self.group and (is_block or not self.values):
+            what = "a block has one scale" if is_block else "only codes have scales"
+            raise self._invalid(f"group={self.group}, and {what}", "Leave group out")
+
+    def _invalid(self, rule: str, remedy: str) -> InvalidPattern:
+        name = type(self).__name__
+        return InvalidPattern(pattern=f"{name}(values={self.values!r})", rule=rule, remedy=remedy)
+
+    @property
+    def suffix(self) -> str:
+        """What a pattern's text says of the values: "", " int4", " int4/64" for groups of 64."""
+        if not self.values:
+            return ""
+        is_usual = self.group == self._usual_group
+        return f" {self.values}" if is_usual else f" {self.values}/{self.group or 'row'}"
+
+    @property
+    def _usual_group(self) -> int:
+        return 128 if self.values == "int4" and not isinstance(self, Block) else 0
+
+    def tile(self, in_features: int) -> tuple[int, int]:
+        """What of a weight [out, in_features] shares a scale: 1 x columns, or the block."""
+        if isinstance(self, Block):
+            return self.rows, self.cols
+        return 1, self.group or max(1, in_features)
+
+
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Stored):
     """Any position may be zero; `sparsity` is the share of zeros in each weight, in [0, 1)."""
 
     sparsity: float
@@ -23,9 +81,10 @@ class Unstructured:
     def __post_init__(self) -> None:
         _check_sparsity(self, self.sparsity)
         _check_criterion(self, self.criterion)
+        self._check_values()
 
     def __str__(self) -> str:
-        return f"unstructured {self.sparsity:.0%}"
+        return f"unstructured {self.sparsity:.0%}{self.suffix}"
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""
@@ -41,7 +100,7 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Stored):
     """N:M sparsity: N weights **kept** out of each M consecutive ones along the input dimension.
 
     2:4 is the pattern of sparse tensor cores (Mishra et al. 2021, arXiv 2104.08378).
@@ -59,9 +118,10 @@ class NM:
                 remedy="2:4 is NM(2, 4)",
             )
         _check_criterion(self, self.criterion)
+        self._check_values()
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{self.suffix}"
 
     @property
     def sparsity(self) -> float:
@@ -84,7 +144,7 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Stored):
     """Whole `rows` x `cols` tiles of the weight are zero; `sparsity` is the share of zero tiles."""
 
     rows: int
@@ -94,6 +154,7 @@ class Block:
 
     def __post_init__(self) -> None:
         _check_whole_parts(self, self.sparsity, self.criterion)
+        self._check_values()
         if not _whole(self.rows, self.cols) or self.rows < 1 or self.cols < 1:
             raise InvalidPattern(
                 pattern=f"Block({self.rows}, {self.cols})",
@@ -102,7 +163,7 @@ class Block:
             )
 
     def __str__(self) -> str:
-        return f"block {self.rows}x{self.cols} {self.sparsity:.0%}"
+        return f"block {self.rows}x{self.cols} {self.sparsity:.0%}{self.suffix}"
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""
@@ -119,7 +180,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Stored):
     """Whole output rows of the weight are zero; `sparsity` is the share of zero rows, in [0, 1)."""
 
     sparsity: float
@@ -127,9 +188,10 @@ class Rows:
 
     def __post_init__(self) -> None:
         _check_whole_parts(self, self.sparsity, self.criterion)
+        self._check_values()
 
     def __str__(self) -> str:
-        return f"rows {self.sparsity:.0%}"
+        return f"rows {self.sparsity:.0%}{self.suffix}"
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""
@@ -142,7 +204,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Stored):
     """Whole input columns of the weight are zero; `sparsity` is the share of zero columns.
 
     A column of a convolution is one tap of one input channel.
@@ -153,9 +215,10 @@ class Columns:
 
     def __post_init__(self) -> None:
         _check_whole_parts(self, self.sparsity, self.criterion)
+        self._check_values()
 
     def __str__(self) -> str:
-        return f"columns {self.sparsity:.0%}"
+        return f"columns {self.sparsity:.0%}{self.suffix}"
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why the pattern cannot be laid on a [out, in] weight of this shape, or None."""

@@ -27,9 +27,14 @@ Tile = tuple[int, int]
 
 
 def scales_of(weight: Tensor, kind: str, tile: Tile) -> Tensor:
-    """The scale of each tile of `weight` [out, in], in its dtype [ceil(out/r), ceil(in/c)]."""
+    """The scale of each tile of `weight` [out, in], in its dtype [ceil(out/r), ceil(in/c)].
+
+    Never 0 where the tile holds a nonzero: then it is the least number of the dtype.
+    """
     largest = tiled(weight.abs(), tile).amax((1, 3))
-    return (wide(largest) / LARGEST[kind]).to(weight.dtype)
+    scales = (wide(largest) / LARGEST[kind]).to(weight.dtype)
+    least = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+    return scales.where((scales != 0) | (largest == 0), least)
 
 
 def codes_of(weight: Tensor, scales: Tensor, kind: str, tile: Tile) -> Tensor:

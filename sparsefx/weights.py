@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sparsefx.detect import Found, tightest
+from sparsefx.patterns import Pattern
+from sparsefx.values import with_values
 
 Version = tuple[int, int]
 """In-place changes counted by torch, and address."""
@@ -24,13 +26,21 @@ class WeightMemo:
         default_factory=dict
     )
 
-    def found(self, weight: Tensor, transposed: bool) -> Found:
-        """The tightest pattern in `weight`, seen as [out, in]; `transposed` if stored [in, out]."""
+    def found(
+        self, weight: Tensor, transposed: bool, hint: Pattern | None = None, *, codes: bool = True
+    ) -> Found:
+        """The tightest pattern in `weight`, seen as [out, in]; `transposed` if stored [in, out].
+
+        hint: what it is said to be; codes: whether its values are looked at too (`with_values`).
+        The first answer holds.
+        """
         key = (id(weight), version(weight), transposed)
         known = self._found.get(key)
         if known is None:
             stored = weight.detach().t() if transposed else weight.detach()
-            known = self._found[key] = (weight, tightest(stored))  # holding it keeps the id valid
+            found = tightest(stored)
+            found = with_values(found, stored, hint) if codes else found
+            known = self._found[key] = (weight, found)  # holding it keeps the id valid
         return known[1]  # not self._found[key]: another thread may have called forget()
 
     def packed(

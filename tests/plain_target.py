@@ -22,9 +22,21 @@ def _linear(
     handle: str,
     features: int,
 ) -> Tensor:
-    n, m, epilogue = handle.split("|")
-    values, index = packed
-    return ops.nm_linear(x, values, index, bias, int(n), int(m), epilogue, extras)
+    n, m, epilogue, kind, group = [*handle.split("|"), "", "0"][:5]
+    values, index, *scales = packed
+    return ops.nm_linear(
+        x,
+        values,
+        index,
+        bias,
+        int(n),
+        int(m),
+        epilogue,
+        extras,
+        scales=scales[0] if scales else None,
+        kind=kind,
+        group=int(group),
+    )
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
@@ -49,6 +61,7 @@ class PlainNM:
         if self.fails:
             raise KernelBuildFailed(kernel=self.name, rule="no compiler")
         handle = f"{spec.n}|{spec.m}|{spec.epilogue}"
+        handle += f"|{spec.values}|{spec.group}" if spec.values else ""
         op = torch.ops.sparsefx_plain.linear.default
         return Lowering(op, packed, handle, spec.out_features, "", "")
 

@@ -1,6 +1,7 @@
 """Every operator of the dialect means what plain PyTorch in float64 says, traced or not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 from sparsefx import epilogue as epilogues
 from sparsefx import ops
 from sparsefx.formats import pack_bitmap, pack_block, pack_nm
-from sparsefx.spec import NM
+from sparsefx.packing import Packing
+from sparsefx.quantise import rounded
+from sparsefx.spec import NM, Block, Unstructured
 
+Args, Kwargs = tuple[object, ...], dict[str, object]
 sparsefx_ops = torch.ops.sparsefx
 
 EPILOGUES = ["", "relu", "silu", "gelu", "gelu_tanh", "scale 0.5;add 0", "mul 1;gelu;add 0"]
@@ -142,6 +146,54 @@ def test_packed_linears_equal_the_dense_linear_in_each_dtype(
     out = packed_call(layout, x, weight, bias, "relu", [])
     assert out.dtype == dtype
     assert torch.equal(out, F.linear(x, weight, bias).relu())
+
+
+def coded_case(layout: str, kind: str) -> tuple[Packing, Tensor, Tensor]:
+    """A packing with codes, its dense float64 weight [8, 48], and x [2, 3, 48]."""
+    packing, pattern = {
+        "nm": (Packing("nm", n=2, m=4, group=16), NM(2, 4)),
+        "bitmap": (Packing("bitmap", group=32), Unstructured(0.5)),
+        "block": (Packing("block", block=(2, 3)), Block(2, 3, 0.5)),
+    }[layout]
+    weight = draw(8, 48, seed=1)
+    weight = weight.masked_fill(~pattern.keep(weight.abs()), 0)
+    packing = replace(packing, values=kind)
+    return packing, rounded(weight, kind, packing.tile(48)), draw(2, 3, 48)
+
+
+def coded_call(packing: Packing, weight: Tensor) -> tuple[torch._ops.OpOverload, Args, Kwargs]:
+    *stored, scales = packing.pack(weight)
+    numbers = {"nm": (2, 4), "bitmap": (), "block": (2, 3)}[packing.layout]
+    options = {"scales": scales, "kind": packing.values, "group": packing.group}
+    return ops.LAYOUT_OPS[packing.layout], (*stored, None, *numbers, "silu", []), options
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "block"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_codes_are_their_weight_in_float64(layout: str, kind: str) -> None:
+    packing, weight, x = coded_case(layout, kind)
+    op, args, options = coded_call(packing, weight)
+    expected = F.silu(x @ weight.t())
+    torch.testing.assert_close(op(x, *args, **options), expected, rtol=1e-12, atol=1e-12)
+    # torch's check of the schema multiplies its inputs, which float8 cannot.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (x, *args), options, test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "block"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dynamic_codes_round_each_row_of_x(layout: str, dtype: torch.dtype) -> None:
+    packing, weight, x = coded_case(layout, "int8_dynamic")
+    weight, x = rounded(weight.to(dtype), "int8", packing.tile(48)), x.to(dtype)
+    x[0, 1] = 0
+    op, args, options = coded_call(packing, weight)
+    wide = x.double() if dtype == torch.float64 else x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale == 0, 0, wide / scale).round().double()
+    exact = packing.unpack(packing.pack(weight), 48, torch.float64)  # not rounded to the dtype
+    expected = F.silu(((codes * scale.double()) @ exact.t()).to(dtype))
+    torch.testing.assert_close(op(x, *args, **options), expected)
+    assert not torch.equal(expected, F.silu(F.linear(x, weight)).to(dtype)), "rounding shows"
 
 
 def every_op() -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:

@@ -142,7 +142,7 @@ def test_a_pass_can_be_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     gm, ctx, counts = after(model, pipelines.packing())
     assert name not in counts
     assert name not in ctx.seconds
-    assert len(counts) == 5
+    assert len(counts) == 6
     assert_same_numbers(gm, model)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from sparsefx.attention.spec import (
 from sparsefx.criteria import DSnoT, Magnitude, Random, SparseGPT, Wanda
 from sparsefx.errors import InvalidPattern, InvalidRecipe
 from sparsefx.patterns import Columns, Rows
+from sparsefx.quantise import LARGEST
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 
 SPARSITY = st.floats(0, 1, exclude_max=True)
@@ -30,15 +32,27 @@ PLAIN = st.one_of(
     st.builds(SparseGPT, st.floats(1e-9, 1e9), st.integers(1, 4096)),
 )
 CRITERIA = PLAIN | st.builds(DSnoT, PLAIN, st.integers(1, 99), st.floats(0, 9), st.booleans())
+KINDS = st.sampled_from(["", *LARGEST])
+STORED = st.one_of(
+    st.fixed_dictionaries({"values": KINDS}),
+    st.fixed_dictionaries(
+        {"values": KINDS.filter(bool), "group": st.integers(0, 99).map(lambda count: 16 * count)}
+    ),
+)
 PATTERNS = st.one_of(
     st.builds(Unstructured, SPARSITY, CRITERIA),
     st.integers(2, 99).flatmap(
         lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m), CRITERIA)
     ),
-    st.builds(Block, st.integers(1, 128), st.integers(1, 128), SPARSITY, PLAIN),
+    st.builds(Block, st.integers(1, 128), st.integers(1, 128), SPARSITY, PLAIN, values=KINDS),
     st.builds(Rows, SPARSITY, PLAIN),
     st.builds(Columns, SPARSITY, PLAIN),
-)
+).flatmap(lambda pattern: STORED.map(lambda stored: _with(pattern, stored)))
+
+
+def _with(pattern: Pattern, stored: dict[str, Any]) -> Pattern:  # Any: fields of any type
+    return pattern if isinstance(pattern, Block) else replace(pattern, **stored)
+
 
 SHARES = st.floats(0, 1, exclude_min=True, exclude_max=True)
 FACTORS = st.floats(0, 1e300) | st.integers(0, 10**6)
@@ -128,6 +142,8 @@ TWO_FOUR = ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = '
         (ENTRY + '"nm"\nn = true\nm = 4', "takes the numbers n, m"),
         (ENTRY + '"nm"\nn = 2\nm = 4\nk = 1', "takes the numbers n, m"),
         (ENTRY + '"unstructured"\nsparsity = "half"', "takes the numbers sparsity"),
+        (ENTRY + '"nm"\nn = 2\nm = 4\nvalues = 4', "takes values as text and group as a whole"),
+        (ENTRY + '"nm"\nn = 2\nm = 4\nvalues = "int4"\ngroup = 1.5', "takes values as text"),
         (ENTRY + '"nm"\nn = 2\nm = 4\ncriterion = "luck"', "criterion 'luck'"),
         (TWO_FOUR + '"sparsegpt"\nblock = 4', "takes the numbers n, m"),
         (TWO_FOUR + "3", "criterion 3: it is not one of magnitude, random, wanda"),

@@ -132,11 +132,32 @@ def test_texts_and_sparsity() -> None:
         lambda: Block(4, 4, 0.5, DSnoT()),
         lambda: Rows(0.5, DSnoT()),
         lambda: Columns(0.5, DSnoT()),
+        lambda: NM(2, 4, values="int3"),
+        lambda: NM(2, 4, values=None),  # type: ignore[arg-type]
+        lambda: NM(2, 4, values="int4", group=24),
+        lambda: Unstructured(0.5, values="int4", group=-16),
+        lambda: Unstructured(0.5, values="int8", group=16.0),  # type: ignore[arg-type]
+        lambda: Unstructured(0.5, group=16),
+        lambda: Block(4, 4, 0.5, values="int8", group=16),
     ],
 )
 def test_senseless_patterns_are_refused(make: object) -> None:
     with pytest.raises(InvalidPattern, match="is not a sparsity pattern"):
         make()  # type: ignore[operator]  # a lambda of the list above
+
+
+def test_values_have_a_group_of_their_kind_and_show_it() -> None:
+    assert NM(2, 4, values="int4") == NM(2, 4, values="int4", group=128) != NM(2, 4)
+    assert (NM(2, 4, values="int8").group, Block(1, 16, 0.5, values="int4").group) == (0, 0)
+    texts = {
+        "2:4 int4": NM(2, 4, values="int4"),
+        "2:4 int4/64": NM(2, 4, values="int4", group=64),
+        "2:4 int4/row": NM(2, 4, values="int4", group=0),
+        "unstructured 80% int8_dynamic": Unstructured(0.8, values="int8_dynamic"),
+        "unstructured 80% int8/128": Unstructured(0.8, values="int8", group=128),
+        "block 1x16 50% int4": Block(1, 16, 0.5, values="int4"),
+    }
+    assert [str(pattern) for pattern in texts.values()] == list(texts)
 
 
 def test_magnitude_scores_are_float32_absolute_values() -> None:

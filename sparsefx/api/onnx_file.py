@@ -76,7 +76,7 @@ def export_onnx(
         with blame(Path(path), "torch.export", "Call the model with these arguments first"):
             gm = graph.capture(model, args, kwargs, dynamic_shapes)
         ctx = PassContext()
-        run(gm, pipelines.packing(wanted.beside(model), blocks=False), ctx)
+        run(gm, pipelines.packing(wanted.beside(model), onnx=True), ctx)
         seconds = time.perf_counter() - started
         facts = write_onnx(
             gm,

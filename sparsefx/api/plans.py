@@ -20,7 +20,7 @@ from sparsefx.passes.apply_recipe import ApplyRecipe
 from sparsefx.passes.lower import Judge
 from sparsefx.passes.lower_attention import AttentionJudge
 from sparsefx.prune.weights import prunable_weights
-from sparsefx.spec import Recipe
+from sparsefx.spec import Pattern, Recipe
 from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering, Target
 
 
@@ -38,18 +38,20 @@ def make_plan(
     request: Request,
     wanted: Wanted,
     recipe: Recipe | None = None,
+    patterns: Mapping[str, Pattern] | None = None,
     trained: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan of a compilation.
 
-    wanted: which attentions are to be sparse; recipe: weights to prune on the way; trained: names
-    of parameters whose masks stay with gradients on. Raises UnknownOption, InvalidSetting.
+    wanted: which attentions are to be sparse; recipe: weights to prune on the way; patterns: what
+    was decided for weights before, by parameter name; trained: names of parameters whose masks stay
+    with gradients on. Raises UnknownOption, InvalidSetting.
     """
     pipelines.check_skipped()
     judges = pipelines.Judges(
         _judge(request), _attention_judge(request), request.guard != "off", _dispatch_us(request)
     )
-    passes = pipelines.inference(request.target, judges, wanted)
+    passes = pipelines.inference(request.target, judges, wanted, patterns or {})
     if recipe is not None and recipe.weights:
         passes = (ApplyRecipe(recipe), *passes)
     patches = {**mode_options(request.mode), **request.settings}

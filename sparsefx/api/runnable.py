@@ -22,8 +22,8 @@ def runnable(model: M, request: Request, wanted: Wanted, dynamic: bool | None = 
     dynamic: as in torch.compile.
     """
     session = Session(type(model).__name__, request.target.name, request.guard)
-    trained = frozenset(annotations(model))
-    plan = make_plan(request, wanted.beside(model), trained=trained)
+    decided = annotations(model)
+    plan = make_plan(request, wanted.beside(model), patterns=decided, trained=frozenset(decided))
     fast = shell(model)
     traced = torch.compile(entry(fast), backend=Compiler(plan, session), dynamic=dynamic)
     fast._compiled_call_impl = traced  # what nn.Module.compile sets, and __call__ runs

@@ -13,7 +13,7 @@ from sparsefx.attention.wanted import Wanted
 from sparsefx.compiler import Compiler
 from sparsefx.errors import UnknownOption
 from sparsefx.session import Session, continued
-from sparsefx.spec import Recipe
+from sparsefx.spec import Pattern, Recipe
 from sparsefx.variants import Compiled
 
 
@@ -27,28 +27,30 @@ def backend(
     """The torch.compile backend "sparsefx".
 
     options: "recipe" (a Recipe), "thresholds" (what `sparsefx.annotations.attention_thresholds`
-    reads from a model that `sparsify` calibrated: a backend is given no data), "guard", "target" as
-    in `compile`, and "inductor", a dict of settings for Inductor. `explain(compiled_model)` works
-    on the result of torch.compile. Raises UnknownOption, UnknownTarget, TargetUnavailable,
-    MissingCalibration (torch wraps them in BackendCompilerFailed).
+    reads from a model that `sparsify` calibrated: a backend is given no data), "annotations" (what
+    `sparsefx.annotations.annotations` reads: "int8_dynamic" is not in the weights themselves),
+    "guard", "target" as in `compile`, and "inductor", a dict of settings for Inductor.
+    `explain(compiled_model)` works on the result of torch.compile. Raises UnknownOption,
+    UnknownTarget, TargetUnavailable, MissingCalibration (torch wraps them in
+    BackendCompilerFailed).
     """
     given = dict(options or {})
     recipe, guard = given.pop("recipe", None), given.pop("guard", "measure")
     target, settings = given.pop("target", None), given.pop("inductor", None)
-    thresholds = given.pop("thresholds", None)
+    thresholds, decided = given.pop("thresholds", None), given.pop("annotations", None)
     if given:
-        known = "recipe, thresholds, guard, target, inductor"
+        known = "recipe, thresholds, annotations, guard, target, inductor"
         raise UnknownOption(option="options", value=sorted(given)[0], known=known)
     chosen = choose_target(target, device_of(example_inputs))
     check_guard(guard, chosen)
-    asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r} {thresholds!r}"
+    asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r} {thresholds!r} {decided!r}"
     if not isinstance(recipe, Recipe | None):
         raise UnknownOption(option="recipe", value=recipe, known="a sparsefx.Recipe")
     wanted = Wanted(_thresholds(thresholds), recipe, default_tile(chosen.device))
     if recipe is not None and not wanted.thresholds:
         check_data(recipe, None)
     request = Request(chosen, str(guard), mode, _mapping("inductor", settings))
-    plan = make_plan(request, wanted, recipe)
+    plan = make_plan(request, wanted, recipe, _patterns(decided))
     session = continued(example_inputs, asked)
     session = session or Session("torch.compile", chosen.name, str(guard), asked)
     if recipe is not None:
@@ -71,3 +73,12 @@ def _thresholds(value: object) -> dict[str, AttentionThresholds]:
         known = "what attention_thresholds(model) returns"
         raise UnknownOption(option="thresholds", value=strange[0], known=known)
     return {name: each for name, each in found.items() if isinstance(each, AttentionThresholds)}
+
+
+def _patterns(value: object) -> dict[str, Pattern]:
+    found = _mapping("annotations", value)
+    strange = [each for each in found.values() if not isinstance(each, Pattern)]
+    if strange:
+        known = "what annotations(model) returns"
+        raise UnknownOption(option="annotations", value=strange[0], known=known)
+    return {name: each for name, each in found.items() if isinstance(each, Pattern)}

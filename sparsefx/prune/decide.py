@@ -54,8 +54,8 @@ class Decision:
 
 
 def _as_parameter(weight: PrunableWeight, pattern: Pattern, solved: Solved) -> Tensor:
-    """In the parameter's own shape and dtype; bit for bit where the criterion changes nothing."""
-    if pattern.criterion.updates:
+    """In the parameter's own shape and dtype; bit for bit where nothing but zeros is new."""
+    if pattern.values or pattern.criterion.updates:
         return weight.as_stored(solved.weight).to(weight.parameter.dtype)
     return weight.parameter.detach().masked_fill(~weight.as_stored(solved.keep), 0)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.calibrate.statistics import Gram, Moments, SquareSum, Statistic
-from sparsefx.criteria import DSnoT, Magnitude, Random, Reconstruct, SparseGPT, Wanda
+from sparsefx.criteria import Criterion, DSnoT, Magnitude, Random, Reconstruct, SparseGPT, Wanda
 from sparsefx.errors import MissingStatistics, NonFiniteStatistics
 from sparsefx.patterns import NM, Pattern
 from sparsefx.prune import sparsegpt
@@ -15,7 +15,9 @@ from sparsefx.prune.dsnot import swap
 from sparsefx.prune.output import output_error as output_error
 from sparsefx.prune.output import row_errors
 from sparsefx.prune.reconstruct import reconstruct
+from sparsefx.prune.rounding import Grid
 from sparsefx.prune.wanda import keep_by_row, wanda_scores
+from sparsefx.quantise import rounded, scales_of
 
 Statistics = Mapping[str, Statistic]
 
@@ -25,7 +27,8 @@ class Solved:
     """A pruned weight.
 
     weight: [out, in] float32, 0 where pruned; where the criterion changes no weight that stays
-    (`criterion.updates`), the rest is the given weight rounded to float32. keep: bool [out, in].
+    (`criterion.updates`), the rest is the given weight rounded to float32. Of codes it is code *
+    scale in the given weight's dtype, which may be 0. keep: bool [out, in].
     """
 
     weight: Tensor
@@ -35,13 +38,49 @@ class Solved:
 def solve(weight: Tensor, pattern: Pattern, statistics: Statistics) -> Solved:
     """Prunes `weight` [out, in], any float dtype, finite, not changed, by the pattern's criterion.
 
+    Then rounds what stays to the pattern's codes: to the nearest, or, where a gram was asked for,
+    so that later columns make up for it.
+
     statistics: of the layer's input, by name, at least those in `pattern.criterion.needs`, on the
     weight's device; the pattern fits (`misfit` is None). Memory: a few times the weight and, where
     a gram is asked for, three times that. Raises MissingStatistics, NonFiniteStatistics,
     SingularHessian.
     """
+    solved = _pruned(weight.detach().float(), pattern, statistics)
+    if not pattern.values:
+        return solved
+    return Solved(_coded(weight.detach(), solved, pattern, statistics), solved.keep)
+
+
+def _coded(weight: Tensor, solved: Solved, pattern: Pattern, statistics: Statistics) -> Tensor:
+    """The solution as codes * scales of the dtype of `weight`, float32."""
+    kept = solved.weight.to(weight.dtype)
+    tile = pattern.tile(weight.shape[1])
     criterion = pattern.criterion
-    dense = weight.detach().float()
+    options = compensating(criterion)
+    if options is None:
+        return rounded(kept, pattern.values, tile).float()
+    # Least squares has arrived where rounding moves away from; other updates are made once more.
+    start = solved.weight if isinstance(criterion, Reconstruct) else weight.float()
+    grid = Grid(scales_of(kept, pattern.values, tile), pattern.values, tile)
+    return sparsegpt.update(start, solved.keep, _gram(statistics, criterion), options, grid)
+
+
+def compensating(criterion: Criterion) -> SparseGPT | None:
+    """How later columns make up for the rounding of earlier ones; None where none do."""
+    match criterion:
+        case SparseGPT():
+            return criterion
+        case DSnoT(start=start):
+            return compensating(start)
+        case Reconstruct():
+            return SparseGPT()
+        case _:
+            return None
+
+
+def _pruned(dense: Tensor, pattern: Pattern, statistics: Statistics) -> Solved:
+    criterion = pattern.criterion
     match criterion:
         case Magnitude() | Random():
             return _masked(dense, pattern.keep(criterion.scores(dense)))
@@ -54,7 +93,7 @@ def solve(weight: Tensor, pattern: Pattern, statistics: Statistics) -> Solved:
         case DSnoT():
             return _refine(dense, pattern, criterion, statistics)
         case Reconstruct():
-            start = solve(dense, replace(pattern, criterion=criterion.start), statistics)
+            start = _pruned(dense, replace(pattern, criterion=criterion.start), statistics)
             gram = _gram(statistics, criterion)
             found = reconstruct(dense, start.keep, gram, criterion.damp, start.weight)
             return Solved(found, start.keep)
@@ -66,7 +105,7 @@ def _masked(dense: Tensor, keep: Tensor) -> Solved:
 
 def _refine(dense: Tensor, pattern: Pattern, criterion: DSnoT, statistics: Statistics) -> Solved:
     """The start's mask after swaps; weights that the start updates are updated for the new mask."""
-    start = solve(dense, replace(pattern, criterion=criterion.start), statistics)
+    start = _pruned(dense, replace(pattern, criterion=criterion.start), statistics)
     moments = _moments(statistics, criterion)
     gram = _gram(statistics, criterion) if "gram" in criterion.needs else None
     group = pattern.m if isinstance(pattern, NM) else 0

@@ -5,8 +5,9 @@ With H = X^T X + damping and U upper triangular, U^T U = H^-1, column by column,
     e = W[:, j] / U[j, j] where pruned, else 0         W[:, j:] -= e U[j, j:]
 
 which sets the pruned weights to 0 and moves the later columns to where the squared output error
-is least. Weights of least W[i, j]^2 / U[j, j]^2, the error each adds, are pruned. Everything here
-is held transposed, so that a column of W is contiguous.
+is least. Rounding a kept weight to a code is the same step with e = (W[:, j] - code) / U[j, j]
+(GPTQ, arXiv 2210.17323). Weights of least W[i, j]^2 / U[j, j]^2, the error each adds, are pruned.
+Everything here is held transposed, so that a column of W is contiguous.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from sparsefx.criteria import SparseGPT
 from sparsefx.errors import SingularHessian
 from sparsefx.patterns import NM, Pattern, Unstructured, keep_highest
+from sparsefx.prune.rounding import Grid
 
 _PANEL = 32  # columns eliminated one by one before a matrix product carries them on
 _ATTEMPTS = 4  # each with ten times the damping
@@ -59,12 +61,17 @@ def prune_and_update(
     return columns.T.contiguous(), keep.T.contiguous()
 
 
-def update(weight: Tensor, keep: Tensor, gram: Tensor, options: SparseGPT) -> Tensor:
-    """The weight, float32 [out, in], pruned to a mask `keep` that is given and updated for it."""
+def update(
+    weight: Tensor, keep: Tensor, gram: Tensor, options: SparseGPT, grid: Grid | None = None
+) -> Tensor:
+    """The weight, float32 [out, in], pruned to a mask `keep` that is given and updated for it.
+
+    grid: what kept weights are rounded to.
+    """
     columns = _live_columns(weight, gram)
     factor = inverse_factor(gram, options.damp)
     steps = _Steps(options.block, options.block, _PANEL)
-    _sweep(columns, factor, keep.T.contiguous(), steps)
+    _sweep(columns, factor, keep.T.contiguous(), steps, grid=grid)
     return columns.T.contiguous()
 
 
@@ -137,11 +144,16 @@ def _lowest_of_groups(columns: Tensor, diagonal: Tensor, n: int) -> Choose:
 
 
 def _sweep(
-    columns: Tensor, factor: Tensor, keep: Tensor, steps: _Steps, choose: Choose | None = None
+    columns: Tensor,
+    factor: Tensor,
+    keep: Tensor,
+    steps: _Steps,
+    choose: Choose | None = None,
+    grid: Grid | None = None,
 ) -> None:
     """One pass over `columns` [in, out], in place; fills in `keep` [in, out] where `choose` says.
 
-    factor: U. Without `choose`, `keep` is given.
+    factor: U. Without `choose`, `keep` is given. grid: what kept weights are rounded to.
     """
     width, out = columns.shape
     errors = columns.new_empty(min(steps.block, width), out)
@@ -153,7 +165,11 @@ def _sweep(
                 until = min(at + steps.choice, stop)
                 keep[at:until] = choose(at, until)
             panel_errors = errors[at - start : end - start]
-            _eliminate(columns[at:end], factor[at:end, at:end], keep[at:end], panel_errors)
+            own = (columns[at:end], factor[at:end, at:end], keep[at:end], panel_errors)
+            if grid is None:
+                _eliminate(*own)
+            else:
+                _round(*own, grid, at)
             columns[end:stop].addmm_(factor[at:end, end:stop].T, panel_errors, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
 
@@ -168,3 +184,14 @@ def _eliminate(columns: Tensor, factor: Tensor, keep: Tensor, errors: Tensor) ->
         torch.mul(columns[j], scale[j], out=errors[j])
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     columns.masked_fill_(~keep, 0)
+
+
+def _round(
+    columns: Tensor, factor: Tensor, keep: Tensor, errors: Tensor, grid: Grid, first: int
+) -> None:
+    """As `_eliminate`, and rounds the kept weights of a panel that starts at column `first`."""
+    for j in range(columns.shape[0]):
+        codes = grid.nearest(columns[j], first + j).masked_fill_(~keep[j], 0)
+        torch.div(columns[j] - codes, factor[j, j], out=errors[j])
+        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        columns[j] = codes

@@ -30,6 +30,7 @@ from sparsefx.prune.report.layers import PrunedLayer
 from sparsefx.prune.selection import check_pattern, choose_patterns
 from sparsefx.prune.spread import spread
 from sparsefx.prune.weights import PrunableWeight, prunable_weights
+from sparsefx.quantise import rounded
 from sparsefx.spec import Pattern, Recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -125,7 +126,7 @@ def prune_to(
         return _with_data(model, chosen, batches, inplace, progress, max_memory, state, exact)
     keeps, records = _decide(weights, chosen, progress)
     pruned = model if inplace else copy.deepcopy(model)
-    _write(prunable_weights(pruned), keeps)
+    _write(prunable_weights(pruned), keeps, chosen)
     return _annotated(pruned, weights, chosen, records)
 
 
@@ -184,9 +185,16 @@ def _decide(
     return keeps, records
 
 
-def _write(weights: Mapping[str, PrunableWeight], keeps: Mapping[str, Tensor]) -> None:
+def _write(
+    weights: Mapping[str, PrunableWeight],
+    keeps: Mapping[str, Tensor],
+    chosen: Mapping[str, Pattern],
+) -> None:
     with torch.no_grad():
         for name, bits in keeps.items():
-            weight = weights[name]
+            weight, pattern = weights[name], chosen[name]
             keep = unpack_bits(bits, weight.parameter.numel() // bits.shape[0])
             weight.parameter.masked_fill_(~weight.as_stored(keep), 0)
+            if pattern.values:
+                codes = rounded(weight.matrix(), pattern.values, pattern.tile(weight.columns))
+                weight.parameter.copy_(weight.as_stored(codes))

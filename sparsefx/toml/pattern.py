@@ -4,6 +4,8 @@ pattern = "nm"                     # or "unstructured", "block", "rows", "column
 n = 2
 m = 4
 criterion = "wanda"                # as in criterion.py; magnitude where left out
+values = "int4"                    # or "int8", "int8_dynamic", "fp8"; where left out as they are
+group = 128                        # input columns to a scale; where left out that of the kind
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +39,11 @@ def pattern_entry(pattern: Pattern | None) -> dict[str, object]:
         return {"pattern": "dense"}
     kind = type(pattern).__name__.lower()
     numbers = {name: getattr(pattern, name) for name in _NUMBERS[kind]}
-    return {"pattern": kind, **numbers, "criterion": criterion_entry(pattern.criterion)}
+    entry = {"pattern": kind, **numbers, "criterion": criterion_entry(pattern.criterion)}
+    if not pattern.values:
+        return entry
+    group = {} if isinstance(pattern, Block) else {"group": pattern.group}
+    return {**entry, "values": pattern.values, **group}
 
 
 def parse_pattern(path: str | Path, entry: Mapping[str, object]) -> Pattern | None:
@@ -53,8 +59,11 @@ def parse_pattern(path: str | Path, entry: Mapping[str, object]) -> Pattern | No
     except InvalidCriterion as error:
         raise invalid(path, f"{error.fields['criterion']}: {error.fields['rule']}") from error
     numbers = {name: entry.get(name) for name in _NUMBERS[kind]}
-    extra = set(entry) - {"pattern", "criterion", *numbers}
+    stored = {name: entry[name] for name in ("values", "group") if name in entry}
+    if not isinstance(stored.get("values", ""), str) or not is_whole(stored.get("group", 0)):
+        raise invalid(path, f"pattern {kind!r} takes values as text and group as a whole number")
+    extra = set(entry) - {"pattern", "criterion", *numbers, *stored}
     legal = {"sparsity": is_real}
     if extra or not all(legal.get(name, is_whole)(value) for name, value in numbers.items()):
         raise invalid(path, f"pattern {kind!r} takes the numbers {', '.join(numbers)}")
-    return make(**numbers, criterion=criterion)
+    return make(**numbers, criterion=criterion, **stored)
