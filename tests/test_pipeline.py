@@ -147,7 +147,7 @@ def test_a_pass_can_be_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_packing_masks_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEFX_SKIP", "pack_nm,pack_bitmap")
+    monkeypatch.setenv("SPARSEFX_SKIP", "pack_nm,pack_block,pack_bitmap")
     gm, _, counts = after(Net(), pipelines.packing())
     assert counts == {"detect": 2, "insert_masks": 2, "fold_masks": 2, "fuse_epilogue": 0}
     assert_same_numbers(gm, Net())
@@ -192,9 +192,10 @@ NAMES = [
     "01_detect",
     "02_insert_masks",
     "03_pack_nm",
-    "04_pack_bitmap",
-    "05_fold_masks",
-    "06_fuse_epilogue",
+    "04_pack_block",
+    "05_pack_bitmap",
+    "06_fold_masks",
+    "07_fuse_epilogue",
 ]
 
 
@@ -223,7 +224,7 @@ def test_every_stage_of_a_language_model_from_dynamo_runs_by_itself(dumps: Path)
     compiler = eager_compiler("llama")
     torch.compile(case.model, backend=compiler, dynamic=True)(**case.kwargs)
     files = sorted(dumps.glob("*.py"))
-    assert [file.stem for file in files] == [*NAMES, "07_lower_attention", "08_lower"]
+    assert [file.stem for file in files] == [*NAMES, "08_lower_attention", "09_lower"]
     assert "SymInt" in files[0].read_text()
     first, *later = [numbers(text) for text in printed(*files)]
     assert first.numel() > 0
