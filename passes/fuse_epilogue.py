@@ -2,8 +2,9 @@
                 =>  nm_linear(x, ..., epilogue;relu, extras)
 
 The same for silu, gelu, `y + residual`, `y * gate` and `y * number`, and for the other layouts.
-Runs after packing. The linear must have no other user, and the operand of + and * must have the
-linear's shape and dtype (a kernel reads it where it stores).
+Runs after packing. An inactive dropout behind a linear is passed over. The linear must have no
+other user, and the operand of + and * must have the linear's shape and dtype (a kernel
+reads it where it stores).
 """
 
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from torch import Tensor, fx
 from sparsefx.epilogue import Step, join, parse
 from sparsefx.mutation import mutates_between
 from sparsefx.ops import PACKED_OPS
+from sparsefx.passes.attention_scores import is_training
+from sparsefx.passes.attention_spelling import source, step
 from sparsefx.pipeline import PassContext
-from sparsefx.rewrite import Rule, Site, Var, call, rewrite
+from sparsefx.rewrite import Rule, Site, Var, call, erase, rewrite
 from sparsefx.shapes import same
 
 aten = torch.ops.aten
@@ -31,25 +34,37 @@ class FuseEpilogue:
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> int:
         """Returns how many nodes were absorbed."""
+        _pass_dropouts(gm)
         return rewrite(gm, _RULES, self.name, ctx.decline)
 
 
-def _activation(step: str) -> Callable[[Site, fx.Node], fx.Node | None]:
+def _pass_dropouts(gm: fx.GraphModule) -> None:
+    """Removes inactive dropouts of packed linears: they stand between a linear and a residual."""
+    for node in list(gm.graph.nodes):
+        if step(node) != "dropout" or is_training(node):
+            continue
+        linear = source(node)
+        if linear is not None and linear.target in PACKED_OPS:
+            node.replace_all_uses_with(linear)
+            erase(gm, node)
+
+
+def _activation(name: str) -> Callable[[Site, fx.Node], fx.Node | None]:
     def build(site: Site, y: fx.Node) -> fx.Node | None:
-        return _append(site, y, step)
+        return _append(site, y, name)
 
     return build
 
 
-def _binary(step: str) -> Callable[..., fx.Node | None]:
+def _binary(name: str) -> Callable[..., fx.Node | None]:
     """y op other, with the packed linear on either side (+ and * commute)."""
 
     def build(site: Site, y: fx.Node, other: object) -> fx.Node | None:
         if isinstance(other, int | float):
-            return _append(site, y, "scale", float(other)) if step == "mul" else None
+            return _append(site, y, "scale", float(other)) if name == "mul" else None
         assert isinstance(other, fx.Node)
         for linear, operand in ((other, y), (y, other)):
-            fused = _append(site, linear, step, operand) if operand is not linear else None
+            fused = _append(site, linear, name, operand) if operand is not linear else None
             if fused is not None:
                 return fused
         return None
@@ -79,12 +94,12 @@ def _append(
         if not _same_layout(site.root, linear, operand):
             return None
         extras.append(operand)
-        step = Step(op, len(extras) - 1)
+        added = Step(op, len(extras) - 1)
     else:
-        step = Step(op, operand)
+        added = Step(op, operand)
     if site.root.meta["val"].dtype != linear.meta["val"].dtype:
         return None
-    text = join((*parse(epilogue), step))
+    text = join((*parse(epilogue), added))
     node = site.call(linear.target, *head, text, extras)
     node.kwargs = linear.kwargs
     for key in ("sparsefx_row", "sparsefx_weight", "sparsefx_packing", "nn_module_stack"):

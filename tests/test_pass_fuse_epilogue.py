@@ -31,6 +31,8 @@ FUSES: dict[str, tuple[Callable[..., object], int, str]] = {
     "left of a plus": (lambda s, x: s.l(x) + x, 1, "add 0"),
     "right of a plus": (lambda s, x: x + s.l(x), 1, "add 0"),
     "right of a times": (lambda s, x: x * s.l(x), 1, "mul 0"),
+    "behind a dropout": (lambda s, x: x + F.dropout(s.l(x), 0.1, training=False), 1, "add 0"),
+    "behind a dropout in place": (lambda s, x: F.dropout(s.l(x), 0.1, False, True) + x, 1, "add 0"),
     "alpha 1": (lambda s, x: torch.add(s.l(x), x, alpha=1), 1, "add 0"),
     "a chain": (
         lambda s, x: x + F.silu(s.l(x) * 0.5) * (x + 1),
@@ -68,6 +70,7 @@ NOT_FUSED: dict[str, Callable[..., object]] = {
     "rounding division": lambda s, x: torch.div(s.l(x), 2, rounding_mode="floor"),
     "plus a number": lambda s, x: s.l(x) + 1,
     "a view between": lambda s, x: F.relu(s.l(x).view(4, 12)),
+    "behind an active dropout": lambda s, x: F.dropout(s.l(x), 1.0, training=True) + x,
     "another activation": lambda s, x: torch.tanh(s.l(x)),
 }
 
