@@ -39,10 +39,16 @@ class Worker:
         return dict(json.loads(answer))
 
     def compile(
-        self, handle: str, arch: str, rows: int, out: int = 1536, width: int = 576
+        self,
+        handle: str,
+        arch: str,
+        rows: int,
+        out: int = 1536,
+        width: int = 576,
+        kernel: str = "kernel",
     ) -> dict[str, object]:
         """The resources of one kernel; fails the test if it does not compile."""
-        job = {"handle": handle, "arch": arch, "rows": rows}
+        job = {"handle": handle, "arch": arch, "rows": rows, "kernel": kernel}
         answer = self.ask(json.dumps({**job, "out_features": out, "in_features": width}))
         assert answer.pop("ok"), answer
         return answer

@@ -24,7 +24,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_names() -> None:
-    assert [kernel.name for kernel in kernels()] == ["triton_nm_linear", "triton_bitmap_linear"]
+    assert [kernel.name for kernel in kernels()] == [
+        "triton_mma_sp_linear",
+        "triton_nm_linear",
+        "triton_bitmap_linear",
+    ]
 
 
 NM, BITMAP = linear_spec("2:4", torch.float16), linear_spec("bitmap", torch.float16)
@@ -60,7 +64,7 @@ def test_declines_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("bias", [False, True])
 def test_handle_says_all(pattern: str, epilogue: str, bias: bool) -> None:
     spec = linear_spec(pattern, torch.bfloat16, epilogue, bias)
-    variant = Variant.of(spec)
+    variant = Variant.of(spec.layout, spec, (("warps", 8), ("split", 2)))
     assert Variant.parse(variant.handle) == variant
     assert variant.epilogue == epilogue
 
@@ -68,7 +72,8 @@ def test_handle_says_all(pattern: str, epilogue: str, bias: bool) -> None:
 def test_text_of_a_kernel() -> None:
     case = make(linear_spec("2:4", torch.bfloat16, "silu;mul 0;scale 0.5"))
     first = case.lowering.text.splitlines()[0]
-    assert first.endswith("nm 2:4 bfloat16 linear -> bias -> silu -> mul 0 -> scale 0.5")
+    steps = "bias -> silu -> mul 0 -> scale 0.5"
+    assert first.endswith(f"nm 2:4 bfloat16 linear stages=3 split=1 -> {steps}")
     assert_golden("triton_nm_2_4_bfloat16.py.txt", case.lowering.text)
 
 
@@ -90,9 +95,9 @@ def test_lowering_does_not_import_triton(cache: Path) -> None:
         "import sys, unittest.mock; sys.modules['sparsefx.api'] = unittest.mock.MagicMock()\n"
         "import torch\n"
         "before = 'triton' in sys.modules\n"
-        "from sparsefx.codegen.triton import emit, kernels\n"
-        "from sparsefx.codegen.triton.variant import Variant\n"
-        "emit.write(Variant.parse('nm 2:4 float32 linear -> relu'))\n"
+        "from sparsefx.codegen.triton import emit, forms, kernels\n"
+        "emit.write(*forms.parse('nm 2:4 float32 linear -> relu'))\n"
+        "emit.write(*forms.parse('mma_sp 2:4 float16 linear'))\n"
         "assert before or 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

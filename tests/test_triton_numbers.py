@@ -10,8 +10,7 @@ import torch
 from sparsefx.codegen.triton import launch
 from sparsefx.errors import DtypeMismatch, InvalidHandle
 from sparsefx.formats import pack_bitmap
-from tests.interp_bf16 import repaired
-from tests.triton_cases import Case, linear_spec, make, with_rows
+from tests.triton_cases import linear_spec, make, with_rows
 
 PATTERNS = ("2:4", "1:4", "4:8", "2:8", "3:16", "bitmap")
 EPILOGUES = (
@@ -35,20 +34,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch.load.cache_clear()
 
 
-def launched(case: Case) -> torch.Tensor:
-    """The kernel's result, bfloat16 too, which the operator leaves to the plain meaning on CPU."""
-    out = case.spec.out_features
-    packed = case.lowering.packed
-    return launch.linear(case.lowering.handle, case.x, packed, out, case.bias, case.extras)
-
-
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_equals_the_meaning(pattern: str, dtype: torch.dtype, rows: int) -> None:
     case = make(with_rows(linear_spec(pattern, dtype), rows))
-    with repaired():
-        case.check(launched(case))
+    case.check(case.launched())
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
@@ -59,6 +50,24 @@ def test_equals_the_meaning(pattern: str, dtype: torch.dtype, rows: int) -> None
 def test_every_epilogue_step(pattern: str, epilogue: str) -> None:
     case = make(linear_spec(pattern, torch.float32, epilogue))
     case.check(case.run())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "bitmap"])
+@pytest.mark.parametrize("epilogue", ["gate_silu", "gate_relu;add 0", "gate_gelu;scale 2.0;mul 1"])
+def test_gates(pattern: str, epilogue: str) -> None:
+    case = make(linear_spec(pattern, torch.float16, epilogue))
+    assert case.lowering.features == 20
+    case.check(case.launched())
+
+
+@pytest.mark.parametrize("epilogue", ["", "silu;add 0", "gate_gelu"])
+@pytest.mark.parametrize("split", [2, 8])
+def test_partial_sums_are_added_in_order(split: int, epilogue: str) -> None:
+    spec = replace(linear_spec("2:4", torch.float16, epilogue), in_features=196)
+    case = make(spec, settings=(("columns", 32), ("split", split)))
+    first = case.launched()
+    case.check(first)
+    assert torch.equal(first, case.launched())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -92,15 +101,17 @@ def test_relu_keeps_nan() -> None:
 
 def test_a_bitmap_without_values() -> None:
     case = make(linear_spec("bitmap", torch.float32))
-    nothing = tuple(pack_bitmap(torch.zeros(40, 77)))
-    case = replace(case, lowering=replace(case.lowering, packed=nothing))
+    nothing = torch.zeros(40, 77)
+    packed = tuple(pack_bitmap(nothing))
+    case = replace(case, lowering=replace(case.lowering, packed=packed), weight=nothing)
     assert case.bias is not None
     assert torch.equal(case.run(), case.bias.expand(7, 40))
 
 
 def test_one_kernel_serves_all_shapes() -> None:
-    small = make(linear_spec("2:4", torch.float32))
-    large = make(replace(linear_spec("2:4", torch.float32), out_features=100, in_features=256))
+    small = make(linear_spec("2:4", torch.float32), settings=(("split", 2),))
+    spec = replace(small.spec, out_features=100, in_features=256)
+    large = make(spec, settings=(("split", 2),))
     assert small.lowering.handle == large.lowering.handle
     assert small.lowering.path == large.lowering.path
     large.check(large.run())
@@ -125,12 +136,18 @@ def test_wrong_dtype_is_refused() -> None:
         "",
         "nm 2:5 float32 linear",
         "nm 4:4 float32 linear",
-        "nm 2:4 int8 linear",
+        "nm 2:4 int64 linear",
         "bitmap linear",
         "nm 2:4 float32 linear -> exec",
         "nm 2:4 float32 linear -> scale inf",
         "nm 2:4 float32 linear -> add -1",
         "nm 2:4 float32 linear -> add 0) or print(",
+        "nm float32 linear",
+        "bitmap 2:4 float32 linear",
+        "exec 2:4 float32 linear",
+        "nm 2:4 float32 linear warps=3",
+        "nm 2:4 float32 linear import=4",
+        "nm 2:4 float32 linear -> relu -> gate_silu",
     ],
 )
 def test_a_forged_handle_is_refused(handle: str) -> None:

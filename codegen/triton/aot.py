@@ -16,21 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-import torch
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from sparsefx.codegen.triton import launch, ptx
+from sparsefx.codegen.triton import launch, ptx, samples
 from sparsefx.codegen.triton.attention import launch as attention
 from sparsefx.codegen.triton.attention.samples import SAMPLES
-from sparsefx.codegen.triton.loader import Call, jitted
-from sparsefx.codegen.triton.variant import Variant
-from sparsefx.epilogue import BINARY
+from sparsefx.codegen.triton.form import Call
+from sparsefx.codegen.triton.loader import jitted
 from sparsefx.errors import KernelBuildFailed, UnknownOption
-from sparsefx.formats import index_bits
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,15 +37,21 @@ TARGETS = {
 }
 INSTRUCTIONS = {
     "mma": r"mma\.sync",
+    "mma_sp": r"mma\.sp",
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mfma": r"v_mfma_",
     "cp_async": r"cp\.async\.c[ag]",
+    "load128": r"ld\.global\S*\.v4\.b32",
     "load": r"ld\.global|global_load|buffer_load",
     "store": r"st\.global|global_store|buffer_store",
     "exp2": r"ex2\.approx|v_exp_f32",
     "local": r"(?:ld|st)\.local|scratch_",
 }
+_LANES = re.compile(
+    r"#ttg\.blocked<\{sizePerThread = \[1, 4\], threadsPerWarp = \[1, 32\], "
+    r"warpsPerCTA = \[\d+, \d+\], order = \[1, 0\]\}>"
+)
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -60,7 +62,8 @@ class Resources:
     registers: a thread; spills: bytes stored and loaded (NVIDIA) or registers (AMD); stack: bytes a
     thread; shared: bytes a program; instructions: how many of each of INSTRUCTIONS its PTX or
     AMD assembly holds; looped: how many of these lie in a loop; avoidable: and some iteration
-    branches around them (`ptx.loops`; both only for PTX).
+    branches around them (`ptx.loops`; both only for PTX). in_lanes: whether each operand of inline
+    PTX gives a lane four neighbours, and a warp 128, as `mma_sp_template` takes for granted.
     """
 
     arch: str
@@ -71,6 +74,7 @@ class Resources:
     instructions: dict[str, int]
     looped: dict[str, int]
     avoidable: dict[str, int]
+    in_lanes: bool = True
 
 
 class _Compiled(Protocol):
@@ -104,17 +108,25 @@ class StandIn:
 
 
 def compile_for(
-    handle: str, arch: str, rows: int, out_features: int, in_features: int
+    handle: str,
+    arch: str,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    kernel: str = "kernel",
 ) -> Resources:
-    """Compiles the kernel named `handle` as a launch with these sizes would, for `arch`.
+    """Compiles one `kernel` of `handle` as a launch with these sizes would, for `arch`.
 
-    Raises UnknownOption for an arch that is not in TARGETS, InvalidHandle, KernelBuildFailed.
+    Raises UnknownOption for an arch that is not in TARGETS or a kernel that the call does not
+    launch, InvalidHandle, KernelBuildFailed.
     """
     _check_arch(handle, arch)
     loaded = launch.load(handle)
-    x, packed, bias, extras, y = _placeholders(loaded.variant, rows, out_features, in_features)
-    call = launch.plan(loaded, x, packed, bias, extras, y)
-    return _compile(handle, arch, loaded.module, call)
+    problem = samples.problem(loaded.variant, loaded.form, rows, out_features, in_features)
+    calls = {call.kernel: call for call in loaded.calls(problem)}
+    if kernel not in calls:
+        raise UnknownOption(option="kernel", value=kernel, known=", ".join(calls))
+    return _compile(handle, arch, loaded.module, calls[kernel])
 
 
 def compile_attention(
@@ -152,34 +164,25 @@ def _compile(handle: str, arch: str, module: ModuleType, call: Call) -> Resource
     return _read(cast(_Compiled, compiled), arch)
 
 
-def _placeholders(
-    variant: Variant, rows: int, out: int, width: int
-) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor], Tensor]:
-    """x, packed, bias, extras and y of a real call: shapes and dtypes, no memory."""
-
-    def empty(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    if variant.layout == "nm":
-        kept = width // variant.m * variant.n
-        index = empty(out, -(-kept * index_bits(variant.m) // 8), dtype=torch.uint8)
-        packed = [empty(out, kept), index]
-    else:
-        bits = empty(out, -(-width // 8), dtype=torch.uint8)
-        packed = [empty(out * width // 2), bits, empty(out + 1, dtype=torch.int32)]
-    operands = [int(step.operand or 0) for step in variant.steps if step.op in BINARY]
-    extras = [empty(rows, out) for _ in range(max(operands, default=-1) + 1)]
-    bias = empty(out) if variant.has_bias else None
-    return empty(rows, width), packed, bias, extras, empty(rows, out)
-
-
 def _read(compiled: _Compiled, arch: str) -> Resources:
     is_ptx = arch.startswith("sm_")
     text = compiled.asm["ptx" if is_ptx else "amdgcn"]
     registers, spills, stack = (_ptxas if is_ptx else _amd)(text, arch)
     lines = (text.splitlines(), *(ptx.loops(text) if is_ptx else ([], [])))
     shared = compiled.metadata.shared
-    return Resources(arch, registers, spills, stack, shared, *map(_count, lines))
+    counts = [_count(each) for each in lines]
+    in_lanes = _in_lanes(compiled.asm["ttgir"])
+    return Resources(
+        arch, registers, spills, stack, shared, counts[0], counts[1], counts[2], in_lanes
+    )
+
+
+def _in_lanes(text: str) -> bool:
+    """Of Triton's GPU dialect: the layout of every operand and result of inline assembly."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    lines = [line for line in text.splitlines() if "tt.elementwise_inline_asm" in line]
+    used = {name for line in lines for name in re.findall(r"(#\w+)>", line.rpartition('"')[2])}
+    return all(_LANES.fullmatch(layouts[name]) for name in used)
 
 
 def _count(lines: Iterable[str]) -> dict[str, int]:

@@ -13,13 +13,7 @@ The first two are carried along the row, the third is a prefix sum over the byte
 import triton
 import triton.language as tl
 
-CONSTANTS: dict[str, int] = {}
-
-
-@triton.jit
-def epilogue(acc, bias, extras, out, out_inside, at, inside):
-    """What happens to the fp32 tile before it is stored; a generated kernel redefines it."""
-    return acc
+from sparsefx.codegen.triton.finish_part import finish, reduce  # noqa: F401  # reduce: launched
 
 
 @triton.jit
@@ -46,6 +40,8 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """y [rows, out] = epilogue(x [rows, in] W^T) for one tile of BLOCK_OUT x BLOCK_ROWS.
 
@@ -86,7 +82,20 @@ def kernel(
             tile = tl.load(x + start + column, mask=start + column < in_features, other=0.0)
         acc = tl.dot(dense, tile, acc, input_precision="ieee")
 
-    inside = out_inside & row_inside
-    at = row.to(tl.int64) * out_features + out
-    acc = epilogue(acc, bias, extras, out, out_inside, at, inside)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+    first_out, first_row = tl.program_id(0) * BLOCK_OUT, tl.program_id(1) * BLOCK_ROWS
+    part = tl.program_id(2)
+    finish(
+        acc,
+        bias,
+        extras,
+        y,
+        part,
+        first_out,
+        first_row,
+        rows,
+        out_features,
+        BLOCK_OUT,
+        BLOCK_ROWS,
+        SPLIT,
+        GATED,
+    )

@@ -9,10 +9,13 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefx import epilogue as epilogues
 from sparsefx import ops
-from sparsefx.codegen.triton.variant import Variant
+from sparsefx.codegen.triton import forms
+from sparsefx.codegen.triton.form import Form
 from sparsefx.target import LINEAR_SCHEMA
 
 _LIBRARY = torch.library.Library("sparsefx_triton", "DEF")
@@ -33,31 +36,22 @@ def linear(
     features: int,
 ) -> Tensor:
     """The packed linear of `sparsefx.ops` that `handle` names; its epilogue is in there too."""
-    if launches(x):
+    variant, form = forms.parse(handle)
+    if launches(x, form):
         from sparsefx.codegen.triton import launch  # imports Triton, which is slow
 
         return launch.linear(handle, x, packed, features, bias, extras)
-    return _meaning(Variant.parse(handle), x, packed, bias, list(extras))
+    out = features * (2 if variant.is_gated else 1)
+    weight = form.weight(variant, tuple(packed), out, x.shape[-1])
+    return epilogues.apply(F.linear(x, weight, bias), variant.epilogue, extras).contiguous()
 
 
-def _meaning(
-    variant: Variant,
-    x: Tensor,
-    packed: Sequence[Tensor],
-    bias: Tensor | None,
-    extras: list[Tensor],
-) -> Tensor:
-    values, keys, *rest = packed
-    if variant.layout == "nm":
-        pattern = (variant.n, variant.m)
-        return ops.nm_linear(x, values, keys, bias, *pattern, variant.epilogue, extras)
-    return ops.bitmap_linear(x, values, keys, rest[0], bias, variant.epilogue, extras)
-
-
-def launches(x: Tensor) -> bool:
+def launches(x: Tensor, form: Form | None = None) -> bool:
     """Whether an operator on `x` launches its kernel; if not, it runs the plain meaning."""
     if x.device.type != "cpu":
         return True
+    if form is not None and not form.interpretable:
+        return False
     # Triton's interpreter computes bf16 on its bits, silently wrong (3.6 to 3.9)
     return x.dtype != torch.bfloat16 and installed() and _interpreting()
 

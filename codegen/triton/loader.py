@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from sparsefx.codegen.triton.form import Call
 from sparsefx.errors import KernelBuildFailed
 
 
@@ -23,16 +23,6 @@ class Jitted(Protocol):
     def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> object:
         """Compiles for these arguments without launching."""
         ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that a launch passes to Triton; `kernel` names the function of the generated module."""
-
-    grid: tuple[int, ...]
-    arguments: tuple[object, ...]
-    options: dict[str, int | str]
-    kernel: str = "kernel"
 
 
 def import_file(path: str) -> ModuleType:

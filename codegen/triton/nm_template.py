@@ -14,13 +14,9 @@ At most one term of the sum is not zero, so it is taken on the bits, as integers
 import triton
 import triton.language as tl
 
+from sparsefx.codegen.triton.finish_part import finish, reduce  # noqa: F401  # reduce: launched
+
 CONSTANTS = {"KEPT": 2, "SLOTS": 2, "GROUP": 4, "BITS": 2}
-
-
-@triton.jit
-def epilogue(acc, bias, extras, out, out_inside, at, inside):
-    """What happens to the fp32 tile before it is stored; a generated kernel redefines it."""
-    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -42,6 +38,8 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """y [rows, out] = epilogue(x [rows, in] W^T) for one tile of BLOCK_OUT x BLOCK_ROWS.
 
@@ -66,7 +64,8 @@ def kernel(
     position = tl.arange(0, GROUP)[None, None, None, :]
     slot = tl.arange(0, FIELDS)[None, :]
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    for start in range(0, in_features, BLOCK_IN):
+    part = tl.program_id(2)
+    for start in range(part * BLOCK_IN, in_features, BLOCK_IN * SPLIT):
         first = start // GROUP * KEPT
         if (
             KEPT == SLOTS
@@ -104,7 +103,19 @@ def kernel(
             tile = tl.load(x + start + column, mask=start + column < in_features, other=0.0)
         acc = tl.dot(dense, tile, acc, input_precision="ieee")
 
-    inside = out_inside & row_inside
-    at = row.to(tl.int64) * out_features + out
-    acc = epilogue(acc, bias, extras, out, out_inside, at, inside)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+    first_out, first_row = tl.program_id(0) * BLOCK_OUT, tl.program_id(1) * BLOCK_ROWS
+    finish(
+        acc,
+        bias,
+        extras,
+        y,
+        part,
+        first_out,
+        first_row,
+        rows,
+        out_features,
+        BLOCK_OUT,
+        BLOCK_ROWS,
+        SPLIT,
+        GATED,
+    )

@@ -14,7 +14,7 @@ from triton import cdiv, next_power_of_2
 from sparsefx.codegen.triton.attention.emit import Constants
 from sparsefx.codegen.triton.attention.launch import Loaded
 from sparsefx.codegen.triton.attention.variant import AttentionVariant
-from sparsefx.codegen.triton.loader import Call
+from sparsefx.codegen.triton.form import Call
 from sparsefx.errors import ShapeMismatch
 
 PROGRAMS = 16  # that each processor is given: four at a time, so that the last few matter little

@@ -19,7 +19,7 @@ from sparsefx.codegen.triton.attention.launch import (
     load,
     rows_contiguous,
 )
-from sparsefx.codegen.triton.loader import Call
+from sparsefx.codegen.triton.form import Call
 
 
 def plan(

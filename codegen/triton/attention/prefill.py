@@ -18,7 +18,7 @@ from sparsefx.codegen.triton.attention.launch import (
     rows_contiguous,
 )
 from sparsefx.codegen.triton.attention.variant import AttentionVariant
-from sparsefx.codegen.triton.loader import Call
+from sparsefx.codegen.triton.form import Call
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sparsefx.codegen.triton.attention import decode_skip, prefill, theta_decode
 from sparsefx.codegen.triton.attention.launch import Loaded, Sample
-from sparsefx.codegen.triton.loader import Call
+from sparsefx.codegen.triton.form import Call
 
 SAMPLES: dict[str, Callable[[Loaded, Sample], tuple[Call, ...]]] = {
     "decode_skip": decode_skip.sample,

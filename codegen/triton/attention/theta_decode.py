@@ -18,7 +18,7 @@ from sparsefx.codegen.triton.attention.decode_launch import (
 )
 from sparsefx.codegen.triton.attention.emit import Constants
 from sparsefx.codegen.triton.attention.launch import Loaded, Sample, load, rows_contiguous
-from sparsefx.codegen.triton.loader import Call
+from sparsefx.codegen.triton.form import Call
 
 Tables = tuple[Tensor, Tensor, Tensor | None]  # lengths, theta and lost, as the operator takes them
 FIELDS = 5  # rows of stats: theta_decode_template.select
