@@ -23,7 +23,8 @@ from sparsefx.debug import settings
 from sparsefx.errors import KernelBuildFailed, KernelNotFound
 from sparsefx.files import write_atomically
 
-_COMMON = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-Wno-psabi")
+_MATH = ("-fno-math-errno", "-fno-trapping-math")  # without either, loops are vectorised
+_COMMON = ("-O3", "-std=c++17", "-fPIC", *_MATH, "-Wno-psabi")
 _FLAGS = (*_COMMON, "-shared", "-fopenmp")
 
 

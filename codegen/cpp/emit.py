@@ -19,11 +19,9 @@ OPENMP = _TEMPLATES / "openmp.h"
 _BEGIN, _END = "// begin specialisation\n", "// end specialisation\n"
 _ACTIVATIONS = {
     "relu": "acc = acc < 0 ? 0 : acc;",
-    "silu": "acc = acc / (1 + std::exp(-acc));",
-    "gelu": "acc = 0.5f * acc * (1 + std::erf(acc * 0.70710678f));",
-    "gelu_tanh": (
-        "acc = 0.5f * acc * (1 + std::tanh(0.79788456f * (acc + 0.044715f * acc * acc * acc)));"
-    ),
+    "silu": "acc = silu(acc);",
+    "gelu": "acc = gelu(acc);",
+    "gelu_tanh": "acc = gelu_tanh(acc);",
 }
 _STEPS = {
     **_ACTIVATIONS,
@@ -39,7 +37,7 @@ def source(spec: LinearSpec, isa: Isa, threads: Path = OPENMP) -> str:
 
     threads: the template that has parallel_for().
     """
-    before, _, rest = (_TEMPLATES / "linear.cpp").read_text().partition(_BEGIN)
+    before, _, rest = inlined(_TEMPLATES / "linear.cpp").partition(_BEGIN)
     after = rest.partition(_END)[2]
     return f"// {title(spec, isa)}\n//\n{before}{_specialisation(spec, isa, threads)}{after}"
 

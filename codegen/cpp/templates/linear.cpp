@@ -5,6 +5,7 @@
 // The default specialisation below lets this file compile as it is. A generated kernel is this file
 // with another specialisation: types, constants, the instruction set's block and the epilogue.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +14,8 @@
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+
+#include "activations.h"
 
 // begin specialisation
 using Value = float;
@@ -153,6 +156,15 @@ struct Tail {
             narrow(epilogue(sums + i, feature, at, bias, extras), y + at);
         }
     }
+    // The same for COUNT rows of W, in registers where the epilogue allows.
+    template <int COUNT>
+    void store(const float (&sums)[COUNT], int64_t column, int64_t row) const {
+        const int64_t feature = column / OF_W, at = row * features + feature;
+        float results[COUNT / OF_W];
+        for (int i = 0; i < COUNT / OF_W; ++i)
+            results[i] = epilogue(sums + i * OF_W, feature + i, at + i, bias, extras);
+        for (int i = 0; i < COUNT / OF_W; ++i) narrow(results[i], y + at + i);
+    }
 };
 
 // sums[b][r] of HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read
@@ -222,6 +234,28 @@ static void stage(const Value* x, X* staged, const Shape& shape, int64_t batch) 
     }
 }
 
+static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
+                     int64_t batch, int32_t threads) {
+    const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
+    X* staged = static_cast<X*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
+    if (!staged) return false;
+    const int64_t groups = (shape.out + ROWS - 1) / ROWS;
+    for (int64_t first = 0; first < batch; first += CHUNK) {
+        const int64_t rows = std::min(CHUNK, batch - first);
+        const Value* from = x + first * shape.in;
+        const bool as_it_is = is_staged(shape, rows);
+        if (!as_it_is) stage(from, staged, shape, rows);
+        const X* ready = as_it_is ? reinterpret_cast<const X*>(from) : staged;
+        parallel_for(groups, rows * shape.in * shape.out > SMALL ? threads : 1, [&](int64_t g) {
+            group(weight, ready, shape, tail, g * ROWS, first, rows);
+        });
+    }
+    std::free(staged);
+    return true;
+}
+
+#include "many_rows.h"
+
 // What the caller must know of the specialisation.
 extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W};
 
@@ -237,24 +271,8 @@ extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const ui
     const Tail tail{bias, extras, y, out / OF_W};
     Weight weight{values, keys, row_ptr, 0, nullptr};
     Value* padded = weight.pad(shape);
-    const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
-    X* staged = static_cast<X*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
-    if (!padded || !staged) {
-        std::free(padded);
-        std::free(staged);
-        return 1;
-    }
-    const int64_t groups = (out + ROWS - 1) / ROWS;
-    for (int64_t first = 0; first < batch; first += CHUNK) {
-        const int64_t rows = std::min(CHUNK, batch - first);
-        const bool as_it_is = is_staged(shape, rows);
-        if (!as_it_is) stage(x + first * in, staged, shape, rows);
-        const X* ready = as_it_is ? reinterpret_cast<const X*>(x + first * in) : staged;
-        parallel_for(groups, rows * in * out > SMALL ? threads : 1, [&](int64_t g) {
-            group(weight, ready, shape, tail, g * ROWS, first, rows);
-        });
-    }
+    const auto& run = many_rows_pay(shape, batch) ? many_rows : few_rows;
+    const bool done = padded && run(weight, x, shape, tail, batch, threads);
     std::free(padded);
-    std::free(staged);
-    return 0;
+    return done ? 0 : 1;
 }

@@ -1,0 +1,78 @@
+// Registers of FLOATS floats whatever the instruction set, and squares of them turned over.
+#if defined(__AVX512F__)
+constexpr int FLOATS = 16;
+#elif defined(__AVX2__)
+constexpr int FLOATS = 8;
+#else
+constexpr int FLOATS = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * FLOATS)));
+typedef int32_t Ints __attribute__((vector_size(4 * FLOATS)));
+typedef uint16_t Halves __attribute__((vector_size(2 * FLOATS)));
+
+static inline Vector splat(float value) { return value - Vector{}; }
+
+template <typename To, typename From>
+static inline To loaded(const From* p) {
+    To vector;
+    std::memcpy(&vector, p, sizeof vector);
+    return vector;
+}
+
+static inline void stored(const Vector& vector, float* p) {
+    std::memcpy(p, &vector, sizeof vector);
+}
+
+static inline Vector widened(const float* p) { return loaded<Vector>(p); }
+
+static inline Vector widened(const bf16* p) {
+    const Ints words = __builtin_convertvector(loaded<Halves>(p), Ints) << 16;
+    return loaded<Vector>(&words);
+}
+
+static inline Vector widened(const fp16* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vector vector;
+    for (int i = 0; i < FLOATS; ++i) vector[i] = widen(p + i);
+    return vector;
+#endif
+}
+
+// Row i, lane j becomes row j, lane i, by exchanging halves of ever smaller squares.
+template <int HALF = FLOATS / 2>
+static inline void transpose(Vector (&rows)[FLOATS]) {
+    Ints low, high;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < FLOATS; ++lane) {
+        low[lane] = lane & HALF ? lane - HALF + FLOATS : lane;
+        high[lane] = lane & HALF ? lane + FLOATS : lane + HALF;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < FLOATS; ++i) {
+        if (i & HALF) continue;
+        const Vector a = rows[i], b = rows[i + HALF];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + HALF] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (HALF > 1) transpose<HALF / 2>(rows);
+}
+
+// square[column][row] of `rows` by `columns` of x [row][column], zero beyond them.
+static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t columns,
+                          Vector (&square)[FLOATS]) {
+    if (rows >= FLOATS && columns >= FLOATS) {
+#pragma GCC unroll 16
+        for (int row = 0; row < FLOATS; ++row) square[row] = widened(x + row * stride);
+    } else {
+        float lines[FLOATS][FLOATS] = {};
+        for (int64_t row = 0; row < std::min<int64_t>(rows, FLOATS); ++row)
+            for (int64_t c = 0; c < std::min<int64_t>(columns, FLOATS); ++c)
+                lines[row][c] = widen(x + row * stride + c);
+        for (int row = 0; row < FLOATS; ++row) square[row] = loaded<Vector>(lines[row]);
+    }
+    transpose(square);
+}
