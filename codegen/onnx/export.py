@@ -107,7 +107,7 @@ def export(
                 if written.has_thresholds:  # which fresh inputs may never reach
                     fresh.insert(0, replace(fresh[0], leaves=tuple(pytree.tree_leaves(example))))
                 checks = _Checks(staged, path, fresh, reference, written.has_thresholds)
-                compared, built = checks.stock(), checks.library(built)
+                compared, built = checks.run(built)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
     seconds = time.perf_counter() - start
@@ -170,21 +170,20 @@ class _Checks:
     reference: Callable[..., object]
     has_thresholds: bool
 
-    def stock(self) -> _Compared:
-        """The largest absolute difference and the shapes tried."""
+    def run(self, built: LibraryFacts | None) -> tuple[_Compared, LibraryFacts | None]:
+        """What the stock runtime shows, and `built` with what it shows and gains."""
         with blame(self.path, "onnx.checker", "Please report this model"):
             check_file(self.staged)
-        worst = self._worst(self._session(), "onnxruntime")
-        return worst, tuple(probe.shapes for probe in self.fresh)
-
-    def library(self, built: LibraryFacts | None) -> LibraryFacts | None:
-        """`built` with its largest difference and the times of a call."""
+        stock = self._session()
+        shapes = tuple(probe.shapes for probe in self.fresh)
+        compared = self._worst(stock, "onnxruntime"), shapes
         if built is None:
-            return None
+            return compared, None
         ours = self._session(built.path)
         worst = self._worst(ours, "onnxruntime with the library")
-        stock_ms, library_ms = timed(self._session(), ours, self.fresh[0])
-        return replace(built, max_abs_error=worst, stock_ms=stock_ms, library_ms=library_ms)
+        stock_ms, library_ms = timed(stock, ours, self.fresh[0])
+        facts = replace(built, max_abs_error=worst, stock_ms=stock_ms, library_ms=library_ms)
+        return compared, facts
 
     def _session(self, library: Path | None = None) -> onnxruntime.InferenceSession:
         what = "the file" if library is None else "the file with the library"
