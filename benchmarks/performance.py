@@ -32,6 +32,7 @@ RUNS = {
     ("linear.py",): "linear-llama",
     ("model.py",): "models",
     ("recipes.py",): "recipes",
+    ("ort_library.py",): "encoder",
 }
 
 

@@ -61,4 +61,20 @@ def recipes(results: Path) -> str:
     return f"{said}\n\n{table(head, rows)}\n\n{figures.source()}"
 
 
-MODEL_BLOCKS: dict[str, Callable[[Path], str]] = {"model": model, "recipes": recipes}
+def encoder(results: Path) -> str:
+    """A pruned encoder in onnxruntime, with our library of kernels and without."""
+    figures = newest(results, "encoder")
+    if figures is None:
+        return missing("ort_library.py")
+    rows = [(line["name"], line["ms"], line["ratio"]) for line in figures.lines]
+    what = "{layers} layers, {tokens} tokens, batch {batch}, {sparsity:.0%} of the weights zero"
+    said = what.format(**figures.options)
+    head = ("file and runtime", "ms", "library is x as fast")
+    return f"{said}:\n\n{table(head, rows)}\n\n{figures.source()}"
+
+
+MODEL_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "model": model,
+    "recipes": recipes,
+    "encoder": encoder,
+}
