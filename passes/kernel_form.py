@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, fx
 
-from sparsefx.by_rows import Pick, Route, Routes
+from sparsefx.by_rows import Dense, Pick, Route, Routes
 from sparsefx.choice import Offer
 from sparsefx.ladder import Table
+from sparsefx.ops import linear_output
 from sparsefx.passes.dense_form import dense_weight, with_epilogue
 from sparsefx.passes.packed_node import PackedNode
 from sparsefx.rewrite import Site
@@ -36,18 +37,31 @@ def by_rows_form(packed: PackedNode, table: Table, author: str) -> fx.Node:
             if id(tensor) not in places:
                 places[id(tensor)] = len(nodes)
                 nodes.append(_constant(packed, site, lowering, number))
-    routes = Routes(
-        tuple(
-            Route(each.first, tuple(_pick(offer, places) for offer in each.offers))
-            for each in table.ranges
-        ),
-        packed.weight[1],
+    weight, dense = _dense_part(packed, site, table, nodes)
+    ranges = tuple(
+        Route(each.first, tuple(_pick(offer, places) for offer in each.offers))
+        for each in table.ranges
     )
-    goes_dense = any(not each.is_total for each in table.ranges)
-    weight = dense_weight(packed, site) if goes_dense else None
-    out = packed.dense().shape[0]
-    node = site.call(_by_rows, packed.x, nodes, weight, packed.bias, [], str(routes), out)
+    routes, out = str(Routes(ranges, dense)), packed.shape[0]
+    node = site.call(_by_rows, packed.x, nodes, weight, packed.bias, [], routes, out)
+    node.meta["val"] = linear_output(packed.x.meta["val"], out)
     return with_epilogue(packed, site, node)
+
+
+def _dense_part(
+    packed: PackedNode, site: Site, table: Table, nodes: list[fx.Node]
+) -> tuple[fx.Node | None, Dense]:
+    """The node of the dense weight, if rows go dense and there is one, and how it is read.
+
+    Packed tensors that dense rows unpack are added to `nodes`.
+    """
+    if all(each.is_total for each in table.ranges):
+        return None, Dense()
+    if not packed.is_packed_only:
+        return dense_weight(packed, site), Dense(packed.weight[1])
+    nodes += [node for node in packed.stored if node not in nodes]
+    places = tuple(nodes.index(node) for node in packed.stored)
+    return None, Dense(packing=packed.packing, tensors=places)
 
 
 def _pick(offer: Offer, places: dict[int, int]) -> Pick:
@@ -63,5 +77,5 @@ def _constant(packed: PackedNode, site: Site, lowering: Lowering, number: int) -
     for node, own in zip(packed.stored, packed.packed, strict=True):
         if own is tensor:
             return node
-    name = f"{packed.weight[0]}_{lowering.handle}_{number}".replace("-", "_").replace(":", "_")
+    name = f"{packed.prefix}_{lowering.handle}_{number}".replace("-", "_").replace(":", "_")
     return site.constant(name, tensor)

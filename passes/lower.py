@@ -11,13 +11,15 @@ guard="off", taken for granted. Of several that win the fastest is taken. Every 
 or its reason in the report.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, fx
 
 from sparsefx import choice, dump, guard, ladder
+from sparsefx.by_rows import NO_COSTS, Costs
 from sparsefx.candidates import rows_between, rows_of
 from sparsefx.ops import PACKED_OPS
 from sparsefx.packing import Packing
@@ -31,6 +33,7 @@ from sparsefx.target import Kernel, LinearSpec, Lowering, Target
 Judge = Callable[[LinearSpec, Tensor, Tensor | None, Lowering], guard.Verdict]
 """Compares a built kernel with dense: (spec, dense weight [out, in], bias, lowering) -> verdict."""
 
+UNPACKED = "its weight is unpacked for each call (memory='small')"
 _STRIDE = 3  # kernels are asked for their tunings at every third rung
 
 
@@ -45,8 +48,7 @@ class Lower:
     judge: Judge = field(compare=False)
     proof: bool = True
     """Whether a kernel must win; False is guard="off"."""
-    dispatch_us: float = 0.0
-    """What choosing by rows adds to each call (`by_rows.dispatch_us`)."""
+    costs: Costs = field(default=NO_COSTS, compare=False)
     name: str = "lower"
     stage: str = "lowered"
 
@@ -54,26 +56,6 @@ class Lower:
         """Returns how many nodes were given to a kernel."""
         packed = [node for node in gm.graph.nodes if node.target in PACKED_OPS]
         return sum(_lower(self, PackedNode(gm, node, ctx)) for node in packed)
-
-
-def _lower(options: Lower, packed: PackedNode) -> int:
-    work = _Work(options, packed, choice.Reasons())
-    vary = options.proof and rows_of(packed.x)[1]
-    asked: list[guard.Verdict] = []
-    built = None
-    for packing in (packed.packing, *packed.packing.alternatives()):
-        if built is None and work.kernels(packing):
-            built, verdict = (_by_rows if vary else _for_all_rows)(work, packing)
-            asked = [verdict] if built and verdict else asked + ([verdict] if verdict else [])
-    _tell_times(packed, min(asked, key=lambda verdict: verdict.ratio, default=None))
-    if built is not None:
-        packed.ctx.baked.add(packed.weight[0])
-    else:
-        layout = {"nm": "N:M"}.get(packed.packing.layout, packed.packing.layout)
-        nothing = f"target {options.target.name} has no {layout} kernel"
-        packed.ctx.decline(packed.node, str(work.reasons) or nothing)
-    _replace(packed, built or dense_form(packed, options.name))
-    return int(built is not None)
 
 
 @dataclass(frozen=True)
@@ -101,8 +83,15 @@ class _Work:
         return list(choice.built(ways, self.packed.packed_as(packing), self.reasons))
 
     def ask(self, spec: LinearSpec, lowering: Lowering) -> guard.Verdict:
-        """The judge's verdict on a kernel for this node's weight."""
-        return self.options.judge(spec, self.packed.dense(), self.packed.bias_value, lowering)
+        """The judge's verdict on a kernel for this node's weight, against what else would run."""
+        weight, bias = self.packed.dense(), self.packed.bias_value
+        return self.options.judge(spec, weight, bias, lowering).against(self.unpack_us)
+
+    @functools.cached_property
+    def unpack_us(self) -> float:
+        """What a dense product takes longer where the weight is unpacked for it."""
+        only = self.options.proof and self.packed.is_packed_only
+        return self.options.costs.unpack_us(self.packed.unpacked) if only else 0.0
 
     def fastest(self, packing: Packing) -> choice.Choice:
         """One kernel for every call."""
@@ -115,7 +104,36 @@ class _Work:
         bare = replace(self.packed.spec(packing), epilogue="")
         rungs = ladder.rungs(*rows_between(self.packed.x), bare.rows)
         offers = self.offers(packing, [replace(bare, rows=rows) for rows in rungs[::_STRIDE]])
-        return ladder.table(offers, bare, rungs, self.ask, self.reasons, self.options.dispatch_us)
+        return ladder.table(
+            offers, bare, rungs, self.ask, self.reasons, self.options.costs.dispatch_us
+        )
+
+
+def _lower(options: Lower, packed: PackedNode) -> int:
+    work = _Work(options, packed, choice.Reasons())
+    vary = options.proof and rows_of(packed.x)[1]
+    others = () if packed.is_packed_only else packed.packing.alternatives()
+    asked: list[guard.Verdict] = []
+    built = None
+    for packing in (packed.packing, *others):
+        if built is None and work.kernels(packing):
+            built, verdict = (_by_rows if vary else _for_all_rows)(work, packing)
+            asked = [verdict] if built and verdict else asked + ([verdict] if verdict else [])
+    _tell_times(packed, min(asked, key=lambda verdict: verdict.ratio, default=None))
+    _replace(packed, built or _otherwise(work))
+    return int(built is not None)
+
+
+def _otherwise(work: _Work) -> fx.Node:
+    """Where no kernel runs: the dense product, of a weight unpacked for it if there is no other."""
+    packed, name = work.packed, work.options.target.name
+    layout = {"nm": "N:M"}.get(packed.packing.layout, packed.packing.layout)
+    reason = str(work.reasons) or f"target {name} has no {layout} kernel"
+    if not packed.is_packed_only:
+        packed.ctx.decline(packed.node, reason)
+        return dense_form(packed, work.options.name)
+    packed.ctx.decline(packed.node, f"{UNPACKED}; {reason}")
+    return by_rows_form(packed, ladder.ALL_DENSE, work.options.name)
 
 
 _Outcome = tuple[fx.Node | None, guard.Verdict | None]
@@ -126,7 +144,7 @@ def _for_all_rows(work: _Work, packing: Packing) -> _Outcome:
     chosen = work.fastest(packing)
     if chosen.offer is None:
         return None, chosen.verdict
-    _tell_kernels(work.packed, [chosen.offer])
+    _tell_kernels(work, [chosen.offer])
     return kernel_form(work.packed, chosen.offer.lowering, work.options.name), chosen.verdict
 
 
@@ -135,12 +153,13 @@ def _by_rows(work: _Work, packing: Packing) -> _Outcome:
     if table.only is not None:
         whole = work.fastest(packing)  # with the epilogue, at the example's rows
         if whole.offer is not None and whole.offer.kernel == table.only.kernel:
-            _tell_kernels(work.packed, [whole.offer])
+            _tell_kernels(work, [whole.offer])
             return kernel_form(work.packed, whole.offer.lowering, work.options.name), whole.verdict
     if not table.offers:
         return None, table.verdict
-    _tell_kernels(work.packed, table.offers)
-    work.packed.ctx.update(work.packed.node, by_rows=str(table))
+    _tell_kernels(work, table.offers)
+    otherwise = "unpacked" if work.packed.is_packed_only else "dense"
+    work.packed.ctx.update(work.packed.node, by_rows=table.text(otherwise))
     return by_rows_form(work.packed, table, work.options.name), table.verdict
 
 
@@ -155,14 +174,24 @@ def _tell_times(packed: PackedNode, verdict: guard.Verdict | None) -> None:
         )
 
 
-def _tell_kernels(packed: PackedNode, offers: Sequence[choice.Offer]) -> None:
+def _tell_kernels(work: _Work, offers: Sequence[choice.Offer]) -> None:
     """Fills the node's row; dumps the kernels that were chosen."""
-    tensors = {id(t): t for offer in offers for t in offer.lowering.packed}
+    packed = work.packed
     names = " + ".join(dict.fromkeys(offer.kernel.name for offer in offers))
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    packed.ctx.update(packed.node, kernel=names, stored_bytes=size)
+    size = _bytes(tensor for offer in offers for tensor in offer.lowering.packed)
+    if packed.is_packed_only:
+        kept = _bytes((*packed.packed, *(t for each in offers for t in each.lowering.packed)))
+    else:
+        kept = size + packed.dense().nbytes
+    packed.ctx.update(packed.node, kernel=names, stored_bytes=size, kept_bytes=kept)
+    packed.ctx.baked.update(packed.sources)
     for offer in offers:
         dump.kernel(Path(offer.lowering.path), offer.lowering.text)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of distinct tensors: kernels may share some."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def _replace(packed: PackedNode, replacement: fx.Node) -> None:

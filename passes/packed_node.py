@@ -1,5 +1,6 @@
 """A packed linear of a graph, read: what it computes and what kernels may know of it."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -74,16 +75,62 @@ class PackedNode:
         return list(self.node.args[-1])  # type: ignore[arg-type]
 
     @property
+    def is_packed_only(self) -> bool:
+        """Whether the model itself brings it packed, and there is no dense weight."""
+        return "sparsefx_weight" not in self.node.meta
+
+    @property
     def weight(self) -> tuple[str, bool]:
         """The name of its dense weight, and whether that is stored [in, out]."""
         name, transposed = self.node.meta["sparsefx_weight"]
         return str(name), bool(transposed)
 
+    @property
+    def prefix(self) -> str:
+        """What names of further tensors for it begin with."""
+        return str(self.stored[0].target) if self.is_packed_only else self.weight[0]
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the model's tensors that its packed ones were made of, or are."""
+        is_own = self.is_packed_only
+        return {str(node.target) for node in self.stored} if is_own else {self.weight[0]}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of its weight: [out, in]."""
+        last = self.packed[len(PARTS[self.packing.layout]) - 1]
+        match self.packing.layout:
+            case "block":
+                out = (last.shape[0] - 1) * self.packing.block[0]
+            case "bitmap":
+                out = last.shape[0] - 1
+            case _:
+                out = last.shape[0]
+        return out, int(self.x.meta["val"].shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weight."""
+        if not self.is_packed_only:
+            return self.dense().dtype
+        return self.packed[-1 if self.packing.values else 0].dtype
+
+    def unpacked(self) -> Tensor:
+        """The dense weight [out, in], made anew of the packed tensors."""
+        return self.packing.unpack(self.packed, self.shape[1])
+
     def dense(self) -> Tensor:
-        """The dense weight [out, in]: a view of the parameter."""
+        """The dense weight [out, in]: a view of the parameter, or unpacked once."""
+        if self.is_packed_only:
+            return self._unpacked_once
         name, transposed = self.weight
         weight = self.ctx.dense[name].detach()
         return weight.t() if transposed else weight
+
+    @functools.cached_property
+    def _unpacked_once(self) -> Tensor:
+        return self.unpacked()
 
     def packed_as(self, packing: Packing) -> tuple[Tensor, ...]:
         """Its weight stored as `packing` says, made once a model."""
@@ -96,15 +143,15 @@ class PackedNode:
     def spec(self, packing: Packing) -> LinearSpec:
         """What kernels may know of it, stored as `packing` says."""
         rows, vary = rows_of(self.x)
-        dense = self.dense()
+        out, in_ = self.shape
         return LinearSpec(
             layout=packing.layout,
-            out_features=dense.shape[0],
-            in_features=dense.shape[1],
+            out_features=out,
+            in_features=in_,
             n=packing.n,
             m=packing.m,
-            density=packing.density(self.packed_as(packing), dense.numel()),
-            dtype=dense.dtype,
+            density=packing.density(self.packed_as(packing), out * in_),
+            dtype=self.dtype,
             has_bias=self.bias is not None,
             epilogue=self.epilogue,
             rows=rows,
@@ -119,7 +166,8 @@ class PackedNode:
         dtype = self.x.meta["val"].dtype
         if dtype != spec.dtype:
             return f"input is {dtype} and the weight {spec.dtype}"
-        if self.dense().is_inference():
+        source = self.packed[0] if self.is_packed_only else self.dense()
+        if source.is_inference():
             return (
                 "torch counts no changes of a weight made in inference mode; load it outside of "
                 "that"

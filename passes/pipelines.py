@@ -6,7 +6,9 @@ from types import MappingProxyType
 
 from sparsefx import debug
 from sparsefx.attention.wanted import Wanted
+from sparsefx.by_rows import NO_COSTS, Costs
 from sparsefx.errors import InvalidSetting
+from sparsefx.passes.adopt import Adopt
 from sparsefx.passes.apply_recipe import ApplyRecipe
 from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
@@ -31,13 +33,13 @@ _NOTHING: Mapping[str, Pattern] = MappingProxyType({})
 class Judges:
     """Who says whether a kernel wins; `proof`: whether it must (False is guard="off").
 
-    dispatch_us: what choosing a kernel by rows adds to each call.
+    costs: what choosing by rows and unpacking cost.
     """
 
     linear: Judge
     attention: AttentionJudge
     proof: bool
-    dispatch_us: float = 0.0
+    costs: Costs = NO_COSTS
 
 
 def inference(
@@ -50,7 +52,7 @@ def inference(
     return (
         *packing(wanted, patterns),
         LowerAttention(target, judges.attention, judges.proof),
-        Lower(target, judges.linear, judges.proof, judges.dispatch_us),
+        Lower(target, judges.linear, judges.proof, judges.costs),
     )
 
 
@@ -60,6 +62,7 @@ def packing(
     """Down to packed dialect nodes; onnx: what its export takes, blocks as bitmaps and no codes."""
     return (
         Detect(attention=bool(wanted), patterns=patterns, codes=not onnx),
+        Adopt(),
         *thresholding(wanted),
         InsertMasks(),
         PackNM(),

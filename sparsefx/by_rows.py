@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from sparsefx.ops import linear_output
+from sparsefx.packing import Packing
 
 _LIBRARY = torch.library.Library("sparsefx_rows", "DEF")
 _LIBRARY.define(
@@ -48,33 +50,56 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """Where rows that no pick fits find the dense weight.
+
+    As the operator's `weight`, stored [in, out] if `transposed`; or, where there is a `packing`,
+    unpacked for the call out of those of its `tensors`.
+    """
+
+    transposed: bool = False
+    packing: Packing | None = None
+    tensors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Routes:
-    """Routes in ascending order; transposed: whether the dense weight is stored [in, out]."""
+    """Routes in ascending order, and the dense weight."""
 
     routes: tuple[Route, ...]
-    transposed: bool = False
+    dense: Dense = Dense()
 
     def __str__(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
-class _Taken(tuple[OpOverload, str, tuple[int, ...], int]):
-    """A pick whose operator is found: operator, handle, tensors, multiple."""
+_Taken = tuple[OpOverload, str, tuple[int, ...], int]
+"""A pick whose operator is found: operator, handle, tensors, multiple."""
+
+
+class _Parsed(NamedTuple):
+    """What a call needs of the routes: where each begins, its picks, the dense weight."""
+
+    firsts: list[int]
+    picks: list[list[_Taken]]
+    dense: Dense
 
 
 @functools.cache
-def _parsed(text: str) -> tuple[list[int], list[list[_Taken]], bool]:
-    """What a call needs of the routes: where each begins, its picks, whether W is transposed."""
+def _parsed(text: str) -> _Parsed:
     given = json.loads(text)
     firsts = [route["first"] for route in given["routes"]]
     picks = [[_taken(pick) for pick in route["picks"]] for route in given["routes"]]
-    return firsts, picks, given["transposed"]
+    dense, stored = given["dense"], given["dense"]["packing"]
+    packing = Packing(**{**stored, "block": tuple(stored["block"])}) if stored else None
+    return _Parsed(firsts, picks, Dense(dense["transposed"], packing, tuple(dense["tensors"])))
 
 
 def _taken(pick: dict[str, object]) -> _Taken:
     namespace, _, name = str(pick["op"]).partition("::")
     operator = getattr(getattr(torch.ops, namespace), name).default
-    return _Taken((operator, pick["handle"], tuple(pick["tensors"]), pick["multiple"]))  # type: ignore[arg-type]
+    places: list[int] = pick["tensors"]  # type: ignore[assignment]  # as Routes wrote it
+    return operator, str(pick["handle"]), tuple(places), int(str(pick["multiple"]))
 
 
 def linear(
@@ -89,18 +114,22 @@ def linear(
     """x W^T + bias by the kernel, or dense, that `routes` (str of a Routes) names for x's rows.
 
     x [..., in]; packed: the stored tensors of all picks; weight: the dense one, read where no pick
-    fits; bias [out]; extras: operands of an epilogue, which only picks know. Returns
-    [..., features], contiguous, x's dtype.
+    fits and `routes` do not say to unpack it; bias [out]; extras: operands of an epilogue, which
+    only picks know. Returns [..., features], contiguous, x's dtype.
     """
-    firsts, picks, transposed = _parsed(routes)
+    firsts, picks, dense = _parsed(routes)
     rows = math.prod(x.shape[:-1])
     for operator, handle, tensors, multiple in picks[max(0, bisect_right(firsts, rows) - 1)]:
         if rows % multiple == 0:
             stored = [packed[place] for place in tensors]
             result: Tensor = operator(x, stored, bias, extras, handle, features)
             return result
-    assert weight is not None and not extras  # lowering leaves no epilogue to dense ranges
-    return F.linear(x, weight.t() if transposed else weight, bias)
+    assert not extras  # lowering leaves no epilogue to dense ranges
+    if dense.packing is not None:
+        stored = [packed[place] for place in dense.tensors]
+        return F.linear(x, dense.packing.unpack(stored, x.shape[-1]), bias)
+    assert weight is not None
+    return F.linear(x, weight.t() if dense.transposed else weight, bias)
 
 
 _LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
@@ -109,6 +138,22 @@ torch.library.register_fake(
     lambda x, packed, weight, bias, extras, routes, features: linear_output(x, features),
     lib=_LIBRARY,
 )
+
+
+def _nothing(unpack: Callable[[], Tensor]) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a choice costs: microseconds that choosing by rows adds to each call, and a clock for
+    unpacking, where a dense product would have to unpack its weight first."""
+
+    dispatch_us: float = 0.0
+    unpack_us: Callable[[Callable[[], Tensor]], float] = _nothing
+
+
+NO_COSTS = Costs()
 
 
 @functools.cache

@@ -58,6 +58,14 @@ class Verdict:
         """Whether the kernel is to be chosen: right, and faster than dense beyond noise."""
         return not self.fault and max(self.ratio, self.bound or 0.0) < MARGIN
 
+    def against(self, extra_us: float) -> "Verdict":
+        """The same verdict where dense takes so many microseconds longer."""
+        if not extra_us:
+            return self
+        share = self.dense_us / (self.dense_us + extra_us)
+        bound = None if self.bound is None else self.bound * share
+        return replace(self, dense_us=self.dense_us + extra_us, bound=bound)
+
     @property
     def reason(self) -> str:
         """Why it does not win, "" if it does; free of numbers, so that a report can count it."""

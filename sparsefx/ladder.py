@@ -58,12 +58,16 @@ class Table:
         is_one = len(self.ranges) == 1 and self.ranges[0].is_total
         return self.ranges[0].offers[0] if is_one and len(self.ranges[0].offers) == 1 else None
 
-    def __str__(self) -> str:
-        ends = [f"..{later.first - 1}" for _, later in pairwise(self.ranges)] + [".."]
+    def text(self, otherwise: str = "dense") -> str:
+        """As a person reads it; otherwise: the name of what runs where no offer does."""
+        lasts = [later.first - 1 for _, later in pairwise(self.ranges)]
         return ", ".join(
-            f"{_names(each)} {each.first}{end}".replace(f"{each.first}..{each.first},", "")
-            for each, end in zip(self.ranges, ends, strict=True)
+            f"{_names(each, otherwise)} {_span(each.first, last)}"
+            for each, last in zip(self.ranges, (*lasts, None), strict=True)
         )
+
+
+ALL_DENSE = Table((Range(1, ()),), None)
 
 
 def rungs(least: int, most: int, example: int) -> tuple[int, ...]:
@@ -248,11 +252,15 @@ def _merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
     return tuple(kept)
 
 
-def _names(part: Range) -> str:
+def _span(first: int, last: int | None) -> str:
+    return f"{first}" if first == last else f"{first}..{last or ''}"
+
+
+def _names(part: Range, otherwise: str) -> str:
     names = [
         f"{offer.kernel.name} (multiples of {offer.lowering.multiple})"
         if offer.lowering.multiple > 1
         else offer.kernel.name
         for offer in part.offers
     ]
-    return " or ".join(names if part.is_total else [*names, "dense"])
+    return " or ".join(names if part.is_total else [*names, otherwise])

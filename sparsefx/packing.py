@@ -31,7 +31,7 @@ from sparsefx.formats import (
     unpack_nm,
 )
 from sparsefx.nibbles import narrow_bitmap, pack_nibbles, unpack_nibbles, widen_bitmap
-from sparsefx.patterns import NM, Block, Pattern
+from sparsefx.patterns import NM, Block, Pattern, Unstructured
 from sparsefx.quantise import CODES, Tile, codes_of, values_of
 from sparsefx.recover import recovered_scales
 
@@ -63,6 +63,16 @@ class Packing:
         if isinstance(pattern, Block):
             return cls("block", block=(pattern.rows, pattern.cols), values=values)
         return cls("bitmap", values=values, group=group)
+
+    def pattern(self, sparsity: float) -> Pattern:
+        """The pattern that weights stored like this follow; `sparsity` is their share of zeros."""
+        match self.layout:
+            case "nm":
+                return NM(self.n, self.m, values=self.values, group=self.group)
+            case "block":
+                return Block(*self.block, sparsity, values=self.values)
+            case _:
+                return Unstructured(sparsity, values=self.values, group=self.group)
 
     def as_bitmap(self) -> "Packing":
         """The same values in a bitmap; unquantised where those of a block share a scale."""

@@ -16,10 +16,10 @@ from sparsefx.ops import MASKED_OPS, PACKED_OPS
 from sparsefx.report import Row
 from sparsefx.weights import WeightMemo
 
-# stage -> dialect operators that may appear in it
+# stage -> dialect operators that may appear in it; a model may bring packed linears of its own
 STAGES: dict[str, frozenset[torch._ops.OpOverload]] = {
-    "dense": frozenset(),
-    "masked": MASKED_OPS | ATTENTION_OPS,
+    "dense": PACKED_OPS,
+    "masked": MASKED_OPS | ATTENTION_OPS | PACKED_OPS,
     "packed": MASKED_OPS | ATTENTION_OPS | PACKED_OPS,
     "folded": ATTENTION_OPS | PACKED_OPS,
     "lowered": frozenset(),

@@ -22,7 +22,8 @@ class Row:
     |dense| on the guard's inputs; reason: why the node stayed dense ("" only if a kernel is there).
     by_rows: where a table in the graph chooses by the rows of each call: who runs which, e.g.
     "cpp_nm_linear 1..32, dense 33..", the times being those at the rows of `shape`; else "".
-    bytes: dense and stored bytes of the weight.
+    bytes: dense and stored bytes of the weight, and those that the compiled model keeps in memory:
+    dense and packed, or packed alone (memory="small").
 
     Of an attention: error: relative output error of the layer, |O - dense| / |dense| in the 2-norm,
     on the calibration data; skipped: share of tiles (or elements) that these data skipped in this
@@ -49,6 +50,7 @@ class Row:
     crossover: int | None = None
     thresholds: str = ""
     by_rows: str = ""
+    kept_bytes: int = 0
 
     @property
     def speedup(self) -> float | None:
@@ -80,7 +82,7 @@ class Row:
             found.append(f"how is {self.how!r}")
         if self.sparse_us is not None and not self.how:
             found.append("it has a time and does not say how it was found")
-        if min(self.dense_bytes, self.stored_bytes) < 0:
+        if min(self.dense_bytes, self.stored_bytes, self.kept_bytes) < 0:
             found.append("a number of bytes is negative")
         found += [
             f"{field} is {value}, no share"
@@ -110,6 +112,7 @@ class Totals:
     chosen_us: float
     dense_bytes: int
     stored_bytes: int
+    kept_bytes: int
     error: float | None
 
     @property
@@ -140,6 +143,7 @@ def total(rows: Sequence[Row]) -> Totals:
         chosen_us=sum(row.chosen_us or 0.0 for row in timed),
         dense_bytes=sum(row.dense_bytes for row in rows),
         stored_bytes=sum(stored_bytes(row) for row in rows),
+        kept_bytes=sum(row.kept_bytes or stored_bytes(row) for row in rows),
         error=max(errors, default=None),
     )
 

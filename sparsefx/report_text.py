@@ -93,6 +93,8 @@ def summary(totals: Totals) -> list[str]:
         before, now = words.size(totals.dense_bytes), words.size(totals.stored_bytes)
         share = words.percent(totals.stored_bytes, totals.dense_bytes)
         lines.append(f"their weights: {before} dense -> {now} now ({share})")
+        if totals.kept_bytes != totals.stored_bytes:
+            lines[-1] += f", {words.size(totals.kept_bytes)} in memory, dense ones included"
     if totals.error is not None:
         lines.append(f"largest error of a chosen kernel: {words.error(totals.error)}")
     return lines

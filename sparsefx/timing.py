@@ -53,6 +53,17 @@ def paired(first: Run, second: Run, tensors: Copy, device: torch.device) -> Timi
         return _summary(pairs(first, second, itertools.islice(turn, count)))
 
 
+def least_us(run: Callable[[], Tensor]) -> float:
+    """The least time of three calls, in microseconds, their work on a GPU finished."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter_ns()
+        if run().is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return min(times)
+
+
 def rotating(tensors: Copy, device: torch.device, most: int) -> list[Copy]:
     """`tensors` and clones of them, enough to overflow the last-level cache four times.
 

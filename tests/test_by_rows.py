@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsefx import by_rows
-from sparsefx.by_rows import Pick, Route, Routes
+from sparsefx.by_rows import Costs, Dense, Pick, Route, Routes
 from sparsefx.compiler import Compiler, Plan, inductor
 from sparsefx.formats import pack_nm
 from sparsefx.graph import capture
@@ -45,7 +45,7 @@ def test_the_operator_runs_what_the_routes_say(stored: str) -> None:
     other = torch.randn(linear.weight.shape, dtype=torch.float64)  # tells dense from the kernel
     weight = other if stored == "out in" else other.t().contiguous()
     pick = Pick(PLAIN, "2|4|", (1, 2), multiple=2)
-    routes = str(Routes((Route(1, (pick,)), Route(5, ())), transposed=stored == "in out"))
+    routes = str(Routes((Route(1, (pick,)), Route(5, ())), Dense(transposed=stored == "in out")))
     for shape, matrix in (
         ((2, WIDTH), linear.weight),
         ((2, 2, WIDTH), linear.weight),
@@ -77,7 +77,7 @@ def lowered(
     sizes = ({0: torch.export.Dim("rows", max=64)},)
     gm = capture(model, (x_of(),), dynamic_shapes=(sizes,))
     ctx = PassContext()
-    passes = (*FUSED, Lower(plain(*kernels), judge, dispatch_us=dispatch_us))  # type: ignore[arg-type]
+    passes = (*FUSED, Lower(plain(*kernels), judge, costs=Costs(dispatch_us)))  # type: ignore[arg-type]
     run(gm, passes, ctx)
     for rows in (2, 3, 8, 9, 40, 64):
         x = x_of(rows, WIDTH)

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from sparsefx.annotations import replace_attention
-from sparsefx.api.plans import Request, check_weights, mode_options
+from sparsefx.annotations import annotations, replace_attention
+from sparsefx.api.plans import Request, check_memory, check_weights, mode_options
 from sparsefx.api.runnable import runnable
 from sparsefx.api.sparse_model import decide
 from sparsefx.api.target_table import check_device, check_guard, choose_target
@@ -14,6 +14,7 @@ from sparsefx.attention.spec import default_tile
 from sparsefx.attention.wanted import Wanted
 from sparsefx.calibrate.batches import check_calibration
 from sparsefx.errors import UnknownOption
+from sparsefx.packed_module import with_packed_weights
 from sparsefx.spec import Recipe
 from sparsefx.target import Target
 
@@ -29,6 +30,7 @@ def compile(
     guard: str = "measure",
     mode: str | None = None,
     dynamic: bool | None = None,
+    memory: str = "fast",
 ) -> M:
     """A model of the same class that runs its sparse linears and attentions on kernels that win.
 
@@ -39,7 +41,10 @@ def compile(
     `sparsify` left on the model. calibration: batches of model inputs (a tensor, a tuple of
     positional or a dict of keyword arguments), needed by attention thresholds. guard: "measure"
     times each kernel against dense on this device, "model" asks the roofline, "off" lowers whatever
-    a kernel accepts. mode, dynamic: as in torch.compile.
+    a kernel accepts. mode, dynamic: as in torch.compile. memory: "fast" keeps packed weights beside
+    the dense ones, which run where they are faster; "small" keeps packed weights alone, so that
+    memory shrinks once `model` is let go, and unpacks one for a call where no kernel is faster than
+    that: for inference only, its parameters want no gradients.
 
     Graphs are captured and compiled when they are first called; `explain(result)` tells what became
     of each layer. Call under `torch.no_grad()`: with gradients on nothing is packed. Raises
@@ -53,10 +58,13 @@ def compile(
     mode_options(mode)
     check_device(model, chosen, guard)
     check_weights(model)
+    check_memory(memory)
     calibration = check_calibration(calibration)
     wanted = Wanted()
     if recipe is not None:
         model, wanted = decide(model, recipe, calibration, default_tile(chosen.device))
+    if memory == "small":
+        model = with_packed_weights(model, annotations(model))
     fast = runnable(model, Request(chosen, guard, mode), wanted, dynamic)
     if recipe is not None and recipe.attention is not None:
         replace_attention(fast, wanted.thresholds)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsefx import debug
+from sparsefx import debug, timing
 from sparsefx import guard as guards
 from sparsefx.attention import guard as attention_guards
 from sparsefx.attention.wanted import Wanted
 from sparsefx.attributes import count_nonfinite
-from sparsefx.by_rows import dispatch_us
+from sparsefx.by_rows import NO_COSTS, Costs, dispatch_us
 from sparsefx.compiler import Plan, inductor
 from sparsefx.devices import nearest
 from sparsefx.errors import NonFiniteWeight, UnknownOption
@@ -49,7 +49,7 @@ def make_plan(
     """
     pipelines.check_skipped()
     judges = pipelines.Judges(
-        _judge(request), _attention_judge(request), request.guard != "off", _dispatch_us(request)
+        _judge(request), _attention_judge(request), request.guard != "off", _costs(request)
     )
     passes = pipelines.inference(request.target, judges, wanted, patterns or {})
     if recipe is not None and recipe.weights:
@@ -69,6 +69,12 @@ def mode_options(mode: str | None) -> dict[str, object]:
     if mode not in modes:
         raise UnknownOption(option="mode", value=mode, known=", ".join(modes))
     return dict(modes[mode])
+
+
+def check_memory(memory: object) -> None:
+    """Raises UnknownOption."""
+    if memory not in ("fast", "small"):
+        raise UnknownOption(option="memory", value=memory, known='"fast", "small"')
 
 
 def check_weights(model: nn.Module) -> None:
@@ -111,9 +117,11 @@ def _attention_judge(request: Request) -> AttentionJudge:
     return measured if request.guard == "measure" else modelled
 
 
-def _dispatch_us(request: Request) -> float:
-    """The model is optimistic: it leaves out what both sides of a choice pay."""
-    return dispatch_us(request.target.device) if request.guard == "measure" else 0.0
+def _costs(request: Request) -> Costs:
+    """The model is optimistic: it leaves them out."""
+    if request.guard != "measure":
+        return NO_COSTS
+    return Costs(dispatch_us(request.target.device), timing.least_us)
 
 
 def _roofline(target: Target) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from sparsefx import debug, devices
 from sparsefx.annotations import annotations, pruned_layers
 from sparsefx.errors import NotCompiled, UnknownOption
+from sparsefx.packed_module import PackedLinear
 from sparsefx.prune.allocation.costs import cost
 from sparsefx.prune.layer_of import layer_of
 from sparsefx.prune.report.records import PruneReport
@@ -71,10 +72,15 @@ def _uncaptured(model: nn.Module, session: Session) -> list[Row]:
     reason = (
         "in no captured graph: its first call compiles it, unless torch.compile leaves it in eager"
     )
-    return [
+    dense = [
         Row(name.removesuffix(".weight"), _OPS[weight.parameter.dim()], reason=reason)
         for name, weight in prunable_weights(model).items()
         if weight.parameter not in session.seen
+    ]
+    return dense + [
+        Row(name, "linear", reason=reason)
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and module.tensors[0] not in session.seen
     ]
 
 

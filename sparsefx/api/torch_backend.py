@@ -29,7 +29,8 @@ def backend(
     options: "recipe" (a Recipe), "thresholds" (what `sparsefx.annotations.attention_thresholds`
     reads from a model that `sparsify` calibrated: a backend is given no data), "annotations" (what
     `sparsefx.annotations.annotations` reads: "int8_dynamic" is not in the weights themselves),
-    "guard", "target" as in `compile`, and "inductor", a dict of settings for Inductor.
+    "guard", "target" as in `compile`, "memory": "fast" alone, since a backend runs the model that it
+    is given (`compile` has "small"), and "inductor", a dict of settings for Inductor.
     `explain(compiled_model)` works on the result of torch.compile. Raises UnknownOption,
     UnknownTarget, TargetUnavailable, MissingCalibration (torch wraps them in
     BackendCompilerFailed).
@@ -38,9 +39,13 @@ def backend(
     recipe, guard = given.pop("recipe", None), given.pop("guard", "measure")
     target, settings = given.pop("target", None), given.pop("inductor", None)
     thresholds, decided = given.pop("thresholds", None), given.pop("annotations", None)
+    memory = given.pop("memory", "fast")
     if given:
-        known = "recipe, thresholds, annotations, guard, target, inductor"
+        known = "recipe, thresholds, annotations, guard, target, memory, inductor"
         raise UnknownOption(option="options", value=sorted(given)[0], known=known)
+    if memory != "fast":
+        known = '"fast"; a backend runs the model that it is given: "small" is for sparsefx.compile'
+        raise UnknownOption(option="memory", value=memory, known=known)
     chosen = choose_target(target, device_of(example_inputs))
     check_guard(guard, chosen)
     asked = f"{chosen.name} {guard} {mode} {recipe!r} {settings!r} {thresholds!r} {decided!r}"

@@ -31,6 +31,7 @@ from sparsefx.errors.compiling import ShapeMismatch as ShapeMismatch
 from sparsefx.errors.compiling import TargetUnavailable as TargetUnavailable
 from sparsefx.errors.compiling import UnknownOption as UnknownOption
 from sparsefx.errors.compiling import UnknownTarget as UnknownTarget
+from sparsefx.errors.compiling import WeightIsPacked as WeightIsPacked
 from sparsefx.errors.files import CheckpointMismatch as CheckpointMismatch
 from sparsefx.errors.files import CorruptCheckpoint as CorruptCheckpoint
 from sparsefx.errors.files import InvalidReport as InvalidReport

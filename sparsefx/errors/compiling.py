@@ -110,3 +110,12 @@ class NotCapturable(SparseFXError, RuntimeError):
         "torch.export cannot capture {model} with calibration batch {batch} (from 0): {rule}. "
         "Call the model with that batch first; if it runs, its control flow depends on the data"
     )
+
+
+class WeightIsPacked(SparseFXError, RuntimeError):
+    """A change of a weight of which only the packed form is kept."""
+
+    message = (
+        "the layer keeps its weight packed (memory='small'): {what}; change the original model and "
+        "compile it again, or pass memory='fast'"
+    )
