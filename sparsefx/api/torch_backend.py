@@ -29,8 +29,8 @@ def backend(
     options: "recipe" (a Recipe), "thresholds" (what `sparsefx.annotations.attention_thresholds`
     reads from a model that `sparsify` calibrated: a backend is given no data), "annotations" (what
     `sparsefx.annotations.annotations` reads: "int8_dynamic" is not in the weights themselves),
-    "guard", "target" as in `compile`, "memory": "fast" alone, since a backend runs the model that it
-    is given (`compile` has "small"), and "inductor", a dict of settings for Inductor.
+    "guard", "target" as in `compile`, "memory": "fast" alone, since a backend runs the model that
+    it is given (`compile` has "small"), and "inductor", a dict of settings for Inductor.
     `explain(compiled_model)` works on the result of torch.compile. Raises UnknownOption,
     UnknownTarget, TargetUnavailable, MissingCalibration (torch wraps them in
     BackendCompilerFailed).
