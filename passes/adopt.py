@@ -1,10 +1,8 @@
-"""packed -> packed:  nm_linear(x, values, ..) of the model itself  =>  the same, with a row
+"""Packed linears that the model itself brings: candidates like those that packing makes.
 
-Runs after Detect. A model that was compiled with memory="small" brings its linears packed
-(`packed_module.PackedLinear`); they are candidates like those that packing makes.
+`compile(memory="small")` puts `packed_module.PackedLinear` layers in place of dense ones. Part of
+Detect.
 """
-
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -18,19 +16,12 @@ from sparsefx.report import Row
 _LAYOUTS = {op: layout for layout, op in LAYOUT_OPS.items()}
 
 
-@dataclass(frozen=True)
-class Adopt:
-    """Reads how each packed linear of the model is stored and gives it a row of the report."""
-
-    name: str = "adopt"
-    stage: str = "dense"
-
-    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> int:
-        """Returns how many there are."""
-        packed = [node for node in gm.graph.nodes if node.target in PACKED_OPS]
-        for number, node in enumerate(packed):
-            _adopt(PackedNode(gm, node, ctx), f"packed {number}", ctx)
-        return len(packed)
+def adopt(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Reads how each is stored and gives it a row of the report; returns how many there are."""
+    packed = [node for node in gm.graph.nodes if node.target in PACKED_OPS]
+    for number, node in enumerate(packed):
+        _adopt(PackedNode(gm, node, ctx), f"packed {number}", ctx)
+    return len(packed)
 
 
 def _adopt(packed: PackedNode, key: str, ctx: PassContext) -> None:

@@ -20,6 +20,7 @@ from sparsefx.candidates import (
     rows_of,
     stored_weight,
 )
+from sparsefx.passes.adopt import adopt
 from sparsefx.pipeline import PassContext
 from sparsefx.report import Row
 from sparsefx.rewrite import arguments
@@ -51,7 +52,7 @@ class Detect:
             candidate.node.meta["sparsefx_row"] = key
             ctx.rows[key] = self._row(candidate, ctx)
             found += candidate.weight is not None and not ctx.rows[key].reason
-        return found
+        return found + adopt(gm, ctx)
 
     def _row(self, candidate: Candidate, ctx: PassContext) -> Row:
         row = Row(name=candidate.name, op=candidate.op, graph=ctx.graph)

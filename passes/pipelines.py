@@ -8,7 +8,6 @@ from sparsefx import debug
 from sparsefx.attention.wanted import Wanted
 from sparsefx.by_rows import NO_COSTS, Costs
 from sparsefx.errors import InvalidSetting
-from sparsefx.passes.adopt import Adopt
 from sparsefx.passes.apply_recipe import ApplyRecipe
 from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
@@ -62,7 +61,6 @@ def packing(
     """Down to packed dialect nodes; onnx: what its export takes, blocks as bitmaps and no codes."""
     return (
         Detect(attention=bool(wanted), patterns=patterns, codes=not onnx),
-        Adopt(),
         *thresholding(wanted),
         InsertMasks(),
         PackNM(),
