@@ -49,7 +49,7 @@ golden: $(VENV)/.ready-test ## accept the present graphs and kernel texts as tes
 	git diff --stat -- tests/golden
 
 aot: $(VENV)/.ready-test ## compile the generated Triton kernels for GPUs that are absent
-	$(QUIET) $(BIN)/pytest -k aot $(PYTEST_ARGS)
+	$(QUIET) $(BIN)/python -m tests.aot_all
 
 bench: $(VENV)/.ready-demo ## time kernels and compiled models against dense ones (quiet machine!)
 	$(BIN)/python benchmarks/cpu.py --quick

@@ -7,8 +7,12 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from tests.aot_client import Worker
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,3 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One process that compiles kernels for absent GPUs, with cache folders of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEFX_CACHE", str(folder))
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "compiled"))
+        started = Worker()
+        started.__enter__()
+    try:
+        yield started
+    finally:
+        started.__exit__(None, None, None)

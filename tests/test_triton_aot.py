@@ -1,15 +1,12 @@
 """Generated kernels compile for real GPUs without spilling and use their matrix instructions."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from sparsefx.codegen.triton import aot
 from sparsefx.errors import KernelBuildFailed
 from tests.aot_client import Worker
+from tests.aot_expected import MATRIX
 
-MATRIX = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 slow = pytest.mark.slow
 EVERYWHERE = [
     *("sm_80", "sm_90", "gfx942"),
@@ -28,17 +25,6 @@ MORE = (
     "nm 12:16 bfloat16 linear",
     "bitmap float16 linear -> add 1 -> mul 0",
 )
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One process for all tests, with cache folders of its own."""
-    folder: Path = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEFX_CACHE", str(folder))
-        patch.setenv("TRITON_CACHE_DIR", str(folder / "compiled"))
-        with Worker() as started:
-            yield started
 
 
 def check(worker: Worker, handle: str, arch: str, rows: int) -> dict[str, int]:

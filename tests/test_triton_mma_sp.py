@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsefx.codegen.triton import TritonLinear, hardware, launch, mma_sp_pack
+from sparsefx.codegen.triton import TritonLinear, forms, hardware, launch, mma_sp_pack
 from sparsefx.codegen.triton.variant import Settings, Variant
 from sparsefx.target import LinearSpec
 from tests.golden import assert_golden
@@ -157,7 +157,7 @@ def test_tunings_are_few_distinct_and_legal(rows: int, shape: tuple[int, int]) -
     assert 1 <= len(kernels) == len(set(kernels)) <= 8
     for kernel in kernels:
         assert isinstance(kernel, TritonLinear)
-        launch.forms.parse(Variant.of("mma_sp", spec, kernel.settings).handle)
+        forms.parse(Variant.of("mma_sp", spec, kernel.settings).handle)
 
 
 def test_text_of_the_kernel() -> None:

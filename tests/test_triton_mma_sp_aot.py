@@ -4,9 +4,6 @@ The order of fragments itself was never seen on hardware: here it follows the PT
 (tests/ptx_machine.py); `benchmarks/gpu_linear.py` checks it first of all where there is a GPU.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.aot_client import Worker
@@ -17,17 +14,6 @@ ARCHITECTURES = [
     *(pytest.param(a, marks=slow) for a in ("sm_89", "sm_100")),
 ]
 LOADS = {"2:4": 8, "1:4": 4, "2:4 int8": 4, "2:4 int4 group 128": 2}  # of A, 128 bits, a block
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One process for all tests, with cache folders of its own."""
-    folder: Path = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEFX_CACHE", str(folder))
-        patch.setenv("TRITON_CACHE_DIR", str(folder / "compiled"))
-        with Worker() as started:
-            yield started
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsefx import formats
 from sparsefx.codegen.triton import tiles
 from sparsefx.codegen.triton.form import Call, Packed, Problem
 from sparsefx.codegen.triton.variant import Settings, Variant
-from sparsefx.formats import PackedNM, index_bits
+from sparsefx.formats import index_bits
 from sparsefx.target import LinearSpec
 
 
@@ -25,9 +24,7 @@ class NMForm:
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """Why it cannot compute this linear, or None."""
-        if spec.values:
-            return f"{spec.values} values are not expanded by this kernel"
-        return None
+        return tiles.scaled(spec)
 
     def tunings(self, spec: LinearSpec) -> tuple[Settings, ...]:
         """Splits that give every multiprocessor a program."""
@@ -36,11 +33,13 @@ class NMForm:
 
     def arrange(self, variant: Variant, packed: Packed, in_features: int) -> Packed:
         """The canonical tensors as they are."""
-        return tuple(tensor.contiguous() for tensor in packed)
+        return tiles.arranged(packed)
 
     def weight(self, variant: Variant, packed: Packed, out: int, in_features: int) -> Tensor:
         """The dense weight [out, in_features] of the stored tensors, in the variant's dtype."""
-        return formats.unpack_nm(PackedNM(packed[0], packed[1]), variant.n, variant.m)
+        return tiles.packing(variant, self.layout).unpack(
+            tiles.canonical(variant, packed), in_features
+        )
 
     def text(self, variant: Variant) -> str:
         """The constants of the pattern."""
@@ -50,13 +49,14 @@ class NMForm:
         """One launch, and one more for the sum of a split."""
         slots = _slots(variant.n)
         tile = tiles.tile_for(variant.dtype, problem.rows, slots)
-        return tiles.calls(variant, problem, tile, dict(_constants(variant)))
+        return tiles.calls(variant, problem, tile, _constants(variant))
 
 
 def _slots(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _constants(variant: Variant) -> dict[str, int]:
+def _constants(variant: Variant) -> dict[str, int | str]:
     n, m = variant.n, variant.m
-    return {"KEPT": n, "SLOTS": _slots(n), "GROUP": m, "BITS": index_bits(m)}
+    pattern: dict[str, int | str] = {"KEPT": n, "SLOTS": _slots(n), "GROUP": m}
+    return {**pattern, "BITS": index_bits(m), "KIND": variant.values, "SCALED": variant.group}

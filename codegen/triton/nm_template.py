@@ -10,13 +10,15 @@ At most one term of the sum is not zero, so it is taken on the bits, as integers
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: C901
 
 import triton
 import triton.language as tl
 
+from sparsefx.codegen.triton.codes_part import nibble, numbers
 from sparsefx.codegen.triton.finish_part import finish, reduce  # noqa: F401  # reduce: launched
 
-CONSTANTS = {"KEPT": 2, "SLOTS": 2, "GROUP": 4, "BITS": 2}
+CONSTANTS = {"KEPT": 2, "SLOTS": 2, "GROUP": 4, "BITS": 2, "KIND": "", "SCALED": 0}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -24,6 +26,7 @@ def kernel(
     x,
     values,
     index,
+    scales,
     bias,
     extras,
     y,
@@ -34,6 +37,8 @@ def kernel(
     SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -43,7 +48,8 @@ def kernel(
 ):
     """y [rows, out] = epilogue(x [rows, in] W^T) for one tile of BLOCK_OUT x BLOCK_ROWS.
 
-    SLOTS is KEPT rounded up to a power of two; EVEN says that BLOCK_IN divides in_features.
+    SLOTS is KEPT rounded up to a power of two; EVEN says that BLOCK_IN divides in_features. SCALED
+    columns, a multiple of BLOCK_IN, share a scale (0: the row does).
     """
     GROUPS: tl.constexpr = BLOCK_IN // GROUP
     FIELDS: tl.constexpr = GROUPS * SLOTS
@@ -56,8 +62,10 @@ def kernel(
     out_inside = out < out_features
     row_inside = row < rows
     safe_out = tl.where(out_inside, out, 0).to(tl.int64)
-    values += safe_out * kept
+    values += safe_out * ((kept + 1) // 2 if KIND == "int4" else kept)
     index += safe_out * index_bytes
+    if KIND != "":
+        scales += safe_out * ((in_features + SCALED - 1) // SCALED if SCALED > 0 else 1)
     x += tl.where(row_inside, row, 0).to(tl.int64) * in_features
 
     column = tl.arange(0, BLOCK_IN)[:, None]
@@ -73,19 +81,28 @@ def kernel(
             field = first + slot
             byte = first // PER_BYTE + tl.arange(0, FIELDS // PER_BYTE)[None, :]
             if EVEN:
-                value = tl.load(values + field)
                 packed = tl.load(index + byte)
             else:
-                value = tl.load(values + field, mask=field < kept, other=0.0)
                 packed = tl.load(index + byte, mask=byte < index_bytes, other=0)
             shift = (tl.arange(0, PER_BYTE) * BITS)[None, None, :]
             place = packed[:, :, None].to(tl.int32) >> shift
         else:  # a group's KEPT fields, then SLOTS - KEPT slots that hold nothing
             field = first + slot // SLOTS * KEPT + slot % SLOTS
             filled = (slot % SLOTS < KEPT) & (field < kept)
-            value = tl.load(values + field, mask=filled, other=0.0)
             packed = tl.load(index + field // PER_BYTE, mask=filled, other=0)
             place = packed.to(tl.int32) >> (field % PER_BYTE * BITS)
+        at = field // 2 if KIND == "int4" else field
+        if KEPT == SLOTS and EVEN:
+            value = tl.load(values + at)
+        elif KEPT == SLOTS:
+            value = tl.load(values + at, mask=field < kept, other=0)
+        else:
+            value = tl.load(values + at, mask=filled, other=0)
+        if KIND != "":
+            if KIND == "int4":
+                value = nibble(value, field % 2)
+            scale = tl.load(scales + (start // SCALED if SCALED > 0 else 0))
+            value = numbers(value, scale, KIND, x.dtype.element_ty)
         place = tl.reshape(place & ((1 << BITS) - 1), (BLOCK_OUT, GROUPS, SLOTS, 1))
         if value.dtype == tl.float32:
             word = value.to(tl.int32, bitcast=True)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from sparsefx.codegen.triton import tiles
 from sparsefx.codegen.triton.form import Form, Packed, Problem
 from sparsefx.codegen.triton.variant import Variant
 from sparsefx.epilogue import BINARY, features
-from sparsefx.packing import Packing
 from sparsefx.patterns import NM, Block, Pattern, Unstructured
 from sparsefx.quantise import rounded
 
@@ -42,14 +42,7 @@ def canonical(variant: Variant, layout: str, weight: Tensor) -> tuple[Packed, Te
     if layout == "block":
         patterns["block"] = Block(rows, columns, 1 - DENSITY)
     weight = weight * patterns[layout].keep(weight.abs())
-    packing = Packing(
-        layout,
-        n=variant.n,
-        m=variant.m,
-        block=variant.block,
-        values=variant.values,
-        group=variant.group,
-    )
+    packing = tiles.packing(variant, layout)
     if variant.values:
         weight = rounded(weight, variant.values, packing.tile(weight.shape[1]))
     return packing.pack(weight), weight

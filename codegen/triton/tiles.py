@@ -3,13 +3,14 @@
 The weight tile is the tall side of the tensor cores (64 rows or more: wgmma), x the narrow one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
-from sparsefx.codegen.triton.form import POWERS, Call, Problem, cdiv, finished, power
+from sparsefx.codegen.triton.form import POWERS, Call, Packed, Problem, cdiv, finished, power
 from sparsefx.codegen.triton.variant import Settings, Variant
+from sparsefx.packing import Packing
 from sparsefx.target import LinearSpec
 
 # out, columns: weight rows and columns of a step; split: programs that share the columns.
@@ -59,6 +60,46 @@ def tile_for(dtype: torch.dtype, rows: int, slots: int = 1) -> Tile:
     return Tile(out=128, rows=64, columns=64, warps=8)
 
 
+def scaled(spec: LinearSpec) -> str | None:
+    """Why values of this kind are not expanded in registers, or None."""
+    if spec.values == "int8_dynamic":
+        return "it does not quantise x"
+    if spec.group % 32:
+        return f"groups of {spec.group} columns do not tile steps of 32"
+    return None
+
+
+def within(tile: Tile, group: int) -> Tile:
+    """The same with steps of columns that share a scale."""
+    if not group:
+        return tile
+    return replace(tile, columns=min(tile.columns, group & -group))
+
+
+def arranged(packed: Packed) -> Packed:
+    """Canonical tensors as kernels take them: fp8 as bytes."""
+    dtype = torch.float8_e4m3fn
+    return tuple((t.view(torch.int8) if t.dtype == dtype else t).contiguous() for t in packed)
+
+
+def canonical(variant: Variant, packed: Packed) -> Packed:
+    """Inverse of `arranged`."""
+    values = packed[0]
+    return (values.view(torch.float8_e4m3fn) if variant.values == "fp8" else values, *packed[1:])
+
+
+def packing(variant: Variant, layout: str) -> Packing:
+    """What `sparsefx.packing` calls the storage of a variant."""
+    return Packing(
+        layout,
+        n=variant.n,
+        m=variant.m,
+        block=variant.block,
+        values=variant.values,
+        group=variant.group,
+    )
+
+
 def splits(spec: LinearSpec, tile: Tile) -> int:
     """How many programs share the columns so that all multiprocessors have work."""
     programs = cdiv(spec.out_features, tile.out) * cdiv(max(1, spec.rows), tile.rows)
@@ -77,8 +118,8 @@ def tunings(spec: LinearSpec, tile: Tile) -> tuple[Settings, ...]:
 def calls(
     variant: Variant, problem: Problem, guess: Tile, constants: dict[str, int | str]
 ) -> tuple[Call, ...]:
-    """The launches of a kernel (x, *packed, bias, extras, y, rows, out, in) on tiles of W."""
-    tile = guess.with_settings(variant)
+    """The launches of a kernel (x, *packed, scales, bias, extras, y, sizes) on tiles of W."""
+    tile = within(guess.with_settings(variant), variant.group)
     split = variant.setting("split", 1)
     rows, out, width = problem.rows, problem.out_features, problem.in_features
     options: dict[str, int | str] = {
@@ -91,5 +132,7 @@ def calls(
         "num_stages": tile.stages,
     }
     grid = (cdiv(out, tile.out), cdiv(rows, tile.rows), split)
-    tensors = (problem.x, *problem.packed, problem.bias, problem.extras, problem.y)
+    scales = () if variant.values else (None,)
+    stored = (*problem.packed, *scales)
+    tensors = (problem.x, *stored, problem.bias, problem.extras, problem.y)
     return finished(variant, problem, Call(grid, (*tensors, rows, out, width), options), split)

@@ -1,0 +1,107 @@
+"""Every kernel that can be generated, as jobs for the ahead-of-time compiler: the single list.
+
+Handles come of the kernels' own guesses for three numbers of rows (one, a few, many), so that what
+is compiled is what a launch would compile. Sizes are those of a layer of a small language model.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sparsefx.codegen.triton.forms import FORMS
+from sparsefx.codegen.triton.hardware import SPARSE_TENSOR_CORES
+from sparsefx.codegen.triton.samples import DENSITY
+from sparsefx.codegen.triton.variant import Variant
+from sparsefx.target import LinearSpec
+
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100")
+AMD = ("gfx942",)
+OUT, IN = 1536, 1024
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_PLAIN = (("", 0),)
+_CODES = (("int8", 0), ("int4", 128), ("fp8", 0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel for one architecture, compiled as a launch with `rows` rows would."""
+
+    handle: str
+    arch: str
+    rows: int
+    out_features: int = OUT
+    in_features: int = IN
+
+    def rank(self, seed: str) -> str:
+        """Sorts jobs in an order that depends on `seed` alone, for samples of them."""
+        return hashlib.sha256(f"{seed} {self}".encode()).hexdigest()
+
+
+def jobs() -> Iterator[Job]:
+    """All of them, in a fixed order."""
+    for form, spec in _specs():
+        settings = FORMS[form].tunings(spec)[0]
+        handle = Variant.of(form, spec, settings).handle
+        needs_nvidia = FORMS[form].needs == SPARSE_TENSOR_CORES
+        for arch in NVIDIA if needs_nvidia else NVIDIA + AMD:
+            yield Job(handle, arch, spec.rows)
+
+
+def _specs() -> Iterator[tuple[str, LinearSpec]]:
+    yield from _mma_sp()
+    yield from _nm()
+    yield from _bitmap()
+    yield from _block()
+
+
+def _mma_sp() -> Iterator[tuple[str, LinearSpec]]:
+    kinds = (((2, 4), ""), ((1, 4), ""), ((2, 4), "int8"), ((2, 4), "int4"))
+    for (pattern, values), dtype, rows in itertools.product(kinds, (_BF16, _FP16), (1, 16, 64)):
+        group = 128 if values == "int4" else 0
+        yield "mma_sp", _spec("nm", dtype, rows, pattern, values=values, group=group)
+
+
+def _nm() -> Iterator[tuple[str, LinearSpec]]:
+    patterns = ((1, 4), (2, 4), (2, 8), (4, 8), (3, 16), (8, 16))
+    for pattern, dtype, rows in itertools.product(patterns, (_BF16, _FP16), (1, 100)):
+        yield "nm", _spec("nm", dtype, rows, pattern)
+    for rows in (1, 100):
+        yield "nm", _spec("nm", _FP32, rows, (2, 4))
+        for values, group in _CODES:
+            yield "nm", _spec("nm", _BF16, rows, (2, 4), values=values, group=group)
+
+
+def _bitmap() -> Iterator[tuple[str, LinearSpec]]:
+    for dtype, rows in itertools.product((_BF16, _FP16, _FP32), (1, 100)):
+        yield "bitmap", _spec("bitmap", dtype, rows)
+    for (values, group), rows in itertools.product(_CODES, (1, 100)):
+        yield "bitmap", _spec("bitmap", _BF16, rows, values=values, group=group)
+
+
+def _block() -> Iterator[tuple[str, LinearSpec]]:
+    blocks = ((16, 16), (32, 32), (64, 64), (128, 128), (128, 32))
+    for block, dtype, rows in itertools.product(blocks, (_BF16, _FP16), (1, 512)):
+        yield "block", _spec("block", dtype, rows, block=block)
+    for rows in (1, 512):
+        yield "block", _spec("block", _FP32, rows, block=(64, 64))
+        for values, _ in _CODES:
+            yield "block", _spec("block", _BF16, rows, block=(64, 64), values=values)
+
+
+def _spec(
+    layout: str,
+    dtype: torch.dtype,
+    rows: int,
+    pattern: tuple[int, int] = (0, 0),
+    block: tuple[int, int] = (0, 0),
+    values: str = "",
+    group: int = 0,
+) -> LinearSpec:
+    n, m = pattern
+    density = n / m if m else DENSITY
+    epilogue = "silu;mul 0" if rows > 1 else ""
+    size = (OUT, IN, n, m, density, dtype, True, epilogue, rows, False)
+    return LinearSpec(layout, *size, block=block, values=values, group=group)
