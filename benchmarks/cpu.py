@@ -40,7 +40,7 @@ DTYPES = {
 SHAPES = ((4096, 4096), (1536, 576), (576, 1536), (768, 768), (3072, 768), (768, 3072))
 ROWS = (1, 4, 8, 16, 64, 256, 1024, 8192)
 # A dense product beyond so much FLOP is timed against a few patterns only, without quantised ones.
-LARGE = 60 * 10**9
+LARGE = 36 * 10**9
 LARGE_PATTERNS = ("2:4", "bitmap 90 %", "block 64x64 80 %")
 QUICK = {
     "fp32": ("bitmap 50 %", "bitmap 80 %", "bitmap 90 %"),
@@ -50,7 +50,6 @@ QUICK = {
 GUARDED = ("2:4", "bitmap 80 %")  # where the full table asks the guard too, a tenth of a second
 CHECKED = 16  # rows of x whose numbers are compared
 SHARE = 8  # the kernel in cache runs on this part of the rows of W
-CACHED_ROWS = 8  # of x, at most, for the times in cache
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Result:
         dense = f"{self.dense_us[self.dense]:>10.0f}  {self.dense:<24}"
         head = f"{self.shape:<11}{self.value_type:<5}{self.pattern:<17}{self.values:<13}"
         if self.ratio is None:
-            return f"{head}{self.rows:>5}{dense}{self.reason}"
+            return f"{head}{self.rows:>5}{dense}  {self.reason}"
         return (
             f"{head}{self.rows:>5}{dense}{self.sparse_us:>8.0f}{self.ratio:>7.2f}"
             f"{self.fraction:>9.0%} {self.bound:<11}{self.in_cache_us or 0:>8.0f}  {self.guard:<7}"
@@ -143,6 +142,7 @@ class Group:
 
     value_type: str
     weight: Tensor
+    inductor: dense_cpu.Linear
     models: dict[str, bytes]
     stored: list[Stored]
     rows: int
@@ -162,12 +162,13 @@ def groups(options: argparse.Namespace) -> Iterator[Group]:
             patterns = options.pattern or (QUICK.get(value_type, ()) if quick else PATTERNS)
             fitting = [name for name in patterns if not PATTERNS[name].misfit(typed.shape)]
             stored = [Stored.of(each, typed) for each in storages(value_type, fitting)]
+            rivals = (dense_cpu.compiled(), models)
             for rows in options.rows or ((1, 8) if quick else ROWS):
                 kept = stored
                 if 2 * typed.numel() * rows > LARGE:
                     kept = [each for each in stored if _is_plain_large(each.storage)]
                 if kept:
-                    yield Group(value_type, typed, models, kept, rows, options.seconds, quick)
+                    yield Group(value_type, typed, *rivals, kept, rows, options.seconds, quick)
 
 
 def _is_plain_large(storage: Storage) -> bool:
@@ -178,7 +179,7 @@ def _is_plain_large(storage: Storage) -> bool:
 def measure(group: Group, speeds: peaks.Peaks) -> Iterator[Result]:
     """Lowers, checks and times everything in the group."""
     x = torch.randn(group.rows, group.weight.shape[1]).to(group.weight.dtype)
-    rivals = dense_cpu.rivals(group.value_type, group.weight, group.models, x)
+    rivals = dense_cpu.rivals(group.value_type, group.weight, x, group.inductor, group.models)
     packed: dict[str, Packed] = {}
     reasons: dict[str, str] = {}
     for stored in group.stored:
@@ -250,7 +251,7 @@ def _timed(
         roofline_us=round(least * 1e6, 2),
         fraction=round(least * 1e6 / turns.median(times), 3),
         bound=bound,
-        in_cache_us=_in_cache(packed, x) if group.rows <= CACHED_ROWS else None,
+        in_cache_us=_in_cache(packed, x) if group.quick else None,
         guard=_guard(packed) if checks_guard else "",
     )
 

@@ -32,15 +32,33 @@ SESSIONS = 24  # at most, for a side of onnxruntime: each holds one copy of the 
 CPU = torch.device("cpu")
 
 
-def rivals(value_type: str, weight: Tensor, models: dict[str, bytes], x: Tensor) -> list[Side]:
-    """The sides of one value type; `models`: `onnx_models` of the weight, empty for bf16."""
-    return list(_rivals(value_type, weight, models, x))
+Linear = Callable[[Tensor, Tensor], object]
 
 
-def _rivals(value_type: str, weight: Tensor, models: dict[str, bytes], x: Tensor) -> Iterator[Side]:
+def compiled() -> Linear:
+    """F.linear under Inductor: one graph for one row of x and one for all other numbers of rows."""
+    torch.compiler.reset()  # guards of graphs of other shapes would be tried first
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    inductor: Linear = torch.compile(linear)
+    return inductor
+
+
+def rivals(
+    value_type: str, weight: Tensor, x: Tensor, inductor: Linear, models: dict[str, bytes]
+) -> list[Side]:
+    """The sides of one value type; `inductor`: `compiled()`; `models`: `onnx_models(weight)`."""
+    return list(_rivals(value_type, weight, x, inductor, models))
+
+
+def _rivals(
+    value_type: str, weight: Tensor, x: Tensor, inductor: Linear, models: dict[str, bytes]
+) -> Iterator[Side]:
     if value_type in ("fp32", "bf16"):
         yield over_copies("torch eager", partial(F.linear, x), weight)
-        yield over_copies("Inductor", _inductor(x), weight)
+        yield over_copies("Inductor", partial(inductor, x), weight)
     if value_type == "int8":
         codes = (weight / weight.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
         scales, short = (weight.abs().amax(1) / 127).bfloat16(), x.bfloat16()
@@ -109,13 +127,3 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _inductor(x: Tensor) -> Callable[[Tensor], object]:
-    torch.compiler.reset()  # guards of graphs of other shapes would be tried first
-
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    compiled = torch.compile(linear, dynamic=False)
-    return lambda weight: compiled(x, weight)

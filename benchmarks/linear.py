@@ -72,7 +72,8 @@ GOALS = (
 class Result:
     """A line of the table; times in microseconds. how: "measured", "roofline" or "interpreted".
 
-    resources: registers a thread, spilled bytes and so on, by the compiler for ARCH.
+    bound: the ratio that bytes alone allow, without launches. resources: registers a thread,
+    spilled bytes and so on, by the compiler for ARCH.
     """
 
     shape: str
@@ -88,6 +89,7 @@ class Result:
     sparse_us: float | None = None
     ratio: float | None = None
     fraction: float | None = None
+    bound: float | None = None
     resources: dict[str, object] = field(default_factory=dict)
     reason: str = ""
 
@@ -148,9 +150,12 @@ def planned(options: argparse.Namespace) -> Iterator[Result]:
     facts = {} if options.no_compile else _resources()
     for goal, line in _lines(SHAPES, "roofline"):
         out, width = map(int, line.shape.split("x"))
-        sparse = goal.storage.cost(out, width, line.rows, torch.bfloat16).seconds(device)
-        sizes = (out, width, line.rows, 0, 0, 1.0)
-        dense = linear_cost("dense", *sizes, torch.bfloat16).seconds(device)
+        costs = (
+            linear_cost("dense", out, width, line.rows, 0, 0, 1.0, torch.bfloat16),
+            goal.storage.cost(out, width, line.rows, torch.bfloat16),
+        )
+        dense, sparse = (cost.seconds(device) for cost in costs)
+        bare_dense, bare_sparse = (cost.seconds(replace(device, launch_ns=0)) for cost in costs)
         kernel, reason, found = facts.get((line.storage, line.rows), ("", "", {}))
         yield replace(
             line,
@@ -159,6 +164,7 @@ def planned(options: argparse.Namespace) -> Iterator[Result]:
             dense_us={"bf16 roofline": round(dense * 1e6, 2)},
             sparse_us=round(sparse * 1e6, 2),
             ratio=round(dense / sparse, 3),
+            bound=round(bare_dense / bare_sparse, 3),
             resources=found,
             reason=reason,
         )

@@ -105,7 +105,7 @@ def small(options: argparse.Namespace) -> Iterator[Result]:
         loaded, tokenizer = smollm2(layers=options.layers)
         models[name] = loaded.to(DTYPES[name])
     ids = evaluation_tokens(tokenizer, options.prompt)[None]
-    inductor = {f"Inductor {name}": _inductor(model) for name, model in models.items()}
+    rivals = {f"Inductor {name}": inductor(model) for name, model in models.items()}
     for weights in ("dense", "pruned"):
         for model in models.values():
             if weights == "pruned":
@@ -113,7 +113,7 @@ def small(options: argparse.Namespace) -> Iterator[Result]:
         for name, model in models.items():
             fast = sparsefx.compile(model, dynamic=False)
             for phase in ("prefill", "decode"):
-                yield compared("SmolLM2-135M", (weights, phase, name), fast, inductor, ids, options)
+                yield compared("SmolLM2-135M", (weights, phase, name), fast, rivals, ids, options)
 
 
 def llama(options: argparse.Namespace) -> Iterator[Result]:
@@ -132,13 +132,14 @@ def llama(options: argparse.Namespace) -> Iterator[Result]:
     ids = torch.randint(config.vocab_size, (1, options.prompt), device="cuda")
     pruned = sparsefx.Recipe({"model.layers.*": sparsefx.NM(2, 4)})
     sparsefx.sparsify(model, pruned, inplace=True)
-    inductor = {"Inductor bf16": _inductor(model, "reduce-overhead")}
+    rivals = {"Inductor bf16": inductor(model, "reduce-overhead")}
     fast = sparsefx.compile(model, mode="reduce-overhead", dynamic=False)
     names = ("pruned", "decode", "bf16")
-    yield compared("Llama-8B-shaped", names, fast, inductor, ids, options)
+    yield compared("Llama-8B-shaped", names, fast, rivals, ids, options)
 
 
-def _inductor(model: PreTrainedModel, mode: str | None = None) -> PreTrainedModel:
+def inductor(model: PreTrainedModel, mode: str | None = None) -> PreTrainedModel:
+    """`model` under torch.compile, its weights shared."""
     compiled = copy(model)
     compiled.compile(dynamic=False, mode=mode)
     return compiled
@@ -148,7 +149,7 @@ def compared(
     model: str,
     names: tuple[str, str, str],
     fast: PreTrainedModel,
-    inductor: Mapping[str, PreTrainedModel],
+    rivals: Mapping[str, PreTrainedModel],
     ids: Tensor,
     options: argparse.Namespace,
 ) -> Result:
@@ -156,7 +157,7 @@ def compared(
     _, phase, dtype = names
     decoders = {
         name: Decoder(each, static_cache(each, ids.shape[1] + options.rounds + 2))
-        for name, each in {"SparseFX": fast, **inductor}.items()
+        for name, each in {"SparseFX": fast, **rivals}.items()
     }
     run = partial(_run, phase, ids)
     found, expected = (run(decoders[name], 0) for name in ("SparseFX", f"Inductor {dtype}"))
@@ -168,7 +169,7 @@ def compared(
         model,
         *names,
         ms={name: round(turns.median(each) / 1e3, 3) for name, each in times.items()},
-        ratios={name: Ratio.of(times[name], times["SparseFX"]) for name in inductor},
+        ratios={name: Ratio.of(times[name], times["SparseFX"]) for name in rivals},
         kernels=sum(bool(row.kernel) for row in rows if row.graph == graph),
         difference=float((found - expected).abs().max() / expected.abs().max()),
     )

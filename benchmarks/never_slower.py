@@ -1,6 +1,6 @@
 """Never slower at any number of rows: one compiled graph against torch.compile's, 1 to 8192 rows.
 
-    python benchmarks/never_slower.py [--layers 1536x576:2:4 576x1536:0.8] [--threads 2] [--out f]
+    python benchmarks/never_slower.py [--layers 1536x576:2:4 576x1536:0.8] [--threads 2] [--json f]
 
 Each layer is copied until its weights overflow the cache, and all copies run on one input of a
 varying number of rows, compiled once by either side. The two run in turns; a ratio is dense over
@@ -49,8 +49,8 @@ def main() -> None:
             results += list(_swept(layer, list(options.rows)))
     worst = min(results, key=lambda each: float(str(each["ratio"])))
     print(f"worst: {worst['ratio']} ({worst['layer']} at {worst['rows']} rows); promise: {MARGIN}")
-    if options.out:
-        record.write(options.out, {"layers": options.layers}, results)
+    if options.json:
+        record.write(options.json, {"layers": options.layers}, results)
 
 
 def _options() -> argparse.Namespace:
@@ -58,7 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", nargs="*", default=LAYERS, help="OUTxIN:SHARE or OUTxIN:N:M")
     parser.add_argument("--rows", nargs="*", type=int, default=_sizes(), help="numbers of rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="a JSON file of the results")
+    parser.add_argument("--json", type=Path, help="a JSON file of the results")
     return parser.parse_args()
 
 

@@ -29,6 +29,7 @@ BLOCKS = {**CPU_BLOCKS, **GPU_BLOCKS, **MODEL_BLOCKS}
 RUNS = {
     ("cpu.py", "--quick", "--seconds", "3"): "linears-quick",
     ("cpu.py",): "linears",
+    ("never_slower.py",): "never-slower",
     ("linear.py",): "linear-llama",
     ("model.py",): "models",
     ("recipes.py",): "recipes",

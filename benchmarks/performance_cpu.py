@@ -8,6 +8,7 @@ from benchmarks.chart import Points, chart, crossover
 from benchmarks.results_files import Figures, Line, missing, newest, table
 
 BIG = "4096x4096"
+RANGES = (1, 8, 64, 512, 8192)  # numbers of rows that share a column
 LEVEL = 0.97  # of dense: what the guard must keep
 NEAR = 0.6  # share of the roofline from which on it is what binds
 
@@ -147,6 +148,22 @@ def never_slower(results: Path) -> str:
     )
 
 
+def compiled(results: Path) -> str:
+    """Whole compiled graphs over all numbers of rows: the worst of each range."""
+    figures = newest(results, "never-slower")
+    if figures is None:
+        return missing("never_slower.py")
+    found: dict[str, dict[int, float]] = {}
+    for line in figures.lines:
+        ratios = found.setdefault(line["layer"], {})
+        until = next(end for end in RANGES if line["rows"] <= end)
+        ratios[until] = min(line["ratio"], ratios.get(until, line["ratio"]))
+    rows = [(layer, *(ratios.get(end) for end in RANGES)) for layer, ratios in found.items()]
+    worst = min(line["ratio"] for line in figures.lines)
+    head = ("layer", *(f"to {end} rows" for end in RANGES))
+    return f"The worst: {worst:.3f}.\n\n{table(head, rows)}\n\n{figures.source()}"
+
+
 def plots(results: Path) -> str:
     """Links to what `charts` draws."""
     links = [f"![{name[:-4].replace('_', ' ')}]({name})" for name in charts(results)]
@@ -159,6 +176,7 @@ CPU_BLOCKS: dict[str, Callable[[Path], str]] = {
     "cpu-plots": plots,
     "cpu-crossovers": crossovers,
     "cpu-guard": never_slower,
+    "cpu-compiled": compiled,
 }
 
 

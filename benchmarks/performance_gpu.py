@@ -45,14 +45,17 @@ def _measured(figures: Figures, groups: list[list[Line]]) -> str:
 def _planned(figures: Figures, groups: list[list[Line]]) -> str:
     rows = []
     for lines in groups:
-        ratios = [line["ratio"] for line in lines]
-        bounds = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        rows.append((*_head(lines), bounds, lines[0]["kernel"] or None, _resources(lines)))
-    head = ("weight", "rows", "to reach", "aim", "roofline", "kernel", "compiled for sm_90")
+        bounds = (
+            f"{min(line[key] for line in lines):.2f} to {max(line[key] for line in lines):.2f}"
+            for key in ("bound", "ratio")
+        )
+        rows.append((*_head(lines), *bounds, lines[0]["kernel"] or None, _resources(lines)))
+    ends = ("bytes allow", "with launches", "kernel", "compiled for sm_90")
+    head = ("weight", "rows", "to reach", "aim", *ends)
     return (
-        "**Not measured: no GPU was at hand.** Roofline: what the datasheet of an H200 allows, "
-        "over the four shapes, with a launch of 3 us; products of 2:4 are counted as dense ones. A "
-        "kernel reaches less.\n\n"
+        "**Not measured: no GPU was at hand.** What the datasheet of an H200 allows over the four "
+        "shapes, and with 3 us for each launch, of which CUDA graphs hide a part; products of 2:4 "
+        "are counted as dense ones. A kernel reaches less.\n\n"
         f"{table(head, rows)}\n\nCompiled on {figures.source()}"
     )
 

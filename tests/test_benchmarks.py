@@ -75,6 +75,33 @@ def test_the_newest_file_of_a_kind_is_read(tmp_path: Path) -> None:
     assert "Not measured" in performance.BLOCKS["model"](tmp_path)
 
 
+def test_the_fastest_recipe_within_the_limit_is_named(tmp_path: Path) -> None:
+    lines = [
+        {
+            "recipe": name,
+            "says": "",
+            "perplexity": 16.0 * ratio,
+            "perplexity_ratio": ratio,
+            "megabytes": 100.0,
+            "kernels": 1,
+            "ms": {"SparseFX": taken, "Inductor fp32": 60.0},
+            "ratios": {"Inductor fp32": {"ratio": 60 / taken, "low": 1.0, "high": 9.0}},
+        }
+        for name, ratio, taken in (("slow", 1.0, 40.0), ("best", 1.1, 20.0), ("bad", 1.2, 10.0))
+    ]
+    machine = {
+        "threads": "2",
+        "processor": "x",
+        "date": "2026-01-01",
+        "torch": "",
+        "onnxruntime": "",
+    }
+    content = {"machine": machine, "options": {"limit": 1.1}, "results": lines}
+    (tmp_path / "recipes-cpu-2026-01-01.json").write_text(json.dumps(content))
+    said = performance.BLOCKS["recipes"](tmp_path)
+    assert said.startswith("The best within 1.1 x: **best**.") and "17.60 (1.100 x)" in said
+
+
 def test_crossover_lies_between_the_points_around_one() -> None:
     assert chart.crossover([(1, 2.0), (4, 0.5)]) == pytest.approx(4 ** (2 / 3))
     assert chart.crossover([(1, 2.0), (8, 1.5)]) is None
