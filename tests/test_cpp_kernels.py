@@ -44,7 +44,7 @@ def _distinct() -> list[tuple[tuple[int, int] | float, torch.dtype, str]]:
     for pattern, dtype, name in itertools.product(PATTERNS, DTYPES, ISAS):
         few = dtype is torch.float32 or pattern in ((4, 8), (3, 16), 0.5, 0.9)
         if few:
-            template = isa.named(name, isa.LINEAR_ISAS).template(_spec(pattern, dtype))
+            template = isa.named(name, isa.LINEAR_ISAS).block(_spec(pattern, dtype))
             found.setdefault((pattern, dtype, template), name)
     return [(pattern, dtype, name) for (pattern, dtype, _), name in found.items()]
 

@@ -26,17 +26,29 @@ class Loaded(NamedTuple):
 
     run: Callable[..., int]
     dtype: torch.dtype
+    stored: torch.dtype
     has_bias: bool
     extras: int
     n: int
     m: int
     index_bits: int
     of_w: int
+    has_scales: bool
+    group: int
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of the keys of a row: indices of its values, or one bit a column."""
         bits = in_features // self.m * self.n * self.index_bits if self.index_bits else in_features
         return (bits + 7) // 8
+
+    def value_count(self, out: int, in_features: int) -> int:
+        """Values of an N:M weight, or the bytes of 4-bit ones."""
+        of_row = in_features // self.m * self.n
+        return out * ((of_row + 1) // 2 if self.stored is torch.uint8 else of_row)
+
+    def groups(self, in_features: int) -> int:
+        """Scales of a row."""
+        return -(-in_features // self.group) if self.group else 1
 
 
 @functools.cache
@@ -44,11 +56,17 @@ def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
     found = opened(handle, "sparsefx_linear")
     run = found.sparsefx_linear
-    run.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, ctypes.c_int32]
+    run.argtypes = [*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 5, ctypes.c_int32]
     run.restype = ctypes.c_int32
-    has_bias, *numbers = (ctypes.c_int32 * 6).in_dll(found, "sparsefx_numbers")
-    dtype = (ctypes.c_char * 16).in_dll(found, "sparsefx_dtype").value.decode()
-    return Loaded(run, getattr(torch, dtype), bool(has_bias), *numbers)
+    numbers = (ctypes.c_int32 * 8).in_dll(found, "sparsefx_numbers")
+    has_bias, extras, n, m, index_bits, of_w, scaled, group = numbers
+    dtype, stored = (
+        (ctypes.c_char * 16).in_dll(found, f"sparsefx_{name}").value.decode()
+        for name in ("dtype", "stored")
+    )
+    codes = torch.uint8 if stored == "int4" else getattr(torch, stored)
+    sizes = (extras, n, m, index_bits, of_w)
+    return Loaded(run, getattr(torch, dtype), codes, bool(has_bias), *sizes, bool(scaled), group)
 
 
 def linear(
@@ -61,58 +79,30 @@ def linear(
 ) -> Tensor:
     """epilogue(x W^T + bias) by the library `handle`.
 
-    x [..., in]; packed: `formats.PackedBitmap`, or values and index of `formats.PackedNM`, where
-    for kernels that read no indices, index is uint8 [out, ceil(in/8)], one bit a column, 1 = kept,
-    lowest bit = lowest column; bias [out]; extras [..., features].
+    x [..., in]; packed: `packing.Packing` of layout "bitmap" or "nm", where for kernels that read
+    no indices, index is uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest
+    column; bias [out]; extras [..., features].
     Returns [..., features], contiguous, x's dtype. No gradient.
     Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
     """
     kernel = load(handle)
-    values, keys, *row_ptr = packed
-    if keys.shape[0] != features * kernel.of_w:
-        raise _misshapen("index or bits", keys, f"the result has {features} features")
-    if row_ptr:
-        _check_bitmap(keys, row_ptr[0])
-        return _run(kernel, x, values, keys, row_ptr[0].contiguous(), bias, extras)
-    if values.numel() * kernel.m != keys.shape[0] * x.shape[-1] * kernel.n:
-        rule = f"{kernel.n}:{kernel.m} of [{keys.shape[0]}, {x.shape[-1]}] has another count"
-        raise _misshapen("values", values, rule)
-    return _run(kernel, x, values, keys, None, bias, extras)
-
-
-def _check_bitmap(bits: Tensor, row_ptr: Tensor) -> None:
-    if row_ptr.shape[0] != bits.shape[0] + 1 or row_ptr.dtype != torch.int32:
-        raise _misshapen("row_ptr", row_ptr, f"it must be int32 [{bits.shape[0] + 1}]")
-
-
-def _run(
-    kernel: Loaded,
-    x: Tensor,
-    values: Tensor,
-    keys: Tensor,
-    row_ptr: Tensor | None,
-    bias: Tensor | None,
-    extras: Sequence[Tensor],
-) -> Tensor:
-    _check(kernel, x, values, keys, bias, extras)
-    out = keys.shape[0]
-    y = linear_output(x, out // kernel.of_w)
+    values, keys, row_ptr, scales = _parts(kernel, packed)
+    _check(kernel, x, values, keys, row_ptr, scales, features)
+    _check_epilogue(kernel, x, keys, bias, extras)
+    y = linear_output(x, features)
     if not y.numel():
         return y
-    x, values, keys = x.contiguous(), values.contiguous(), keys.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    extras = [_spread(extra, y) for extra in extras]
+    operands = [_spread(extra, y) for extra in extras]
+    tensors = [each.contiguous() for each in (x, values, keys)]
+    optional = [each if each is None else each.contiguous() for each in (row_ptr, scales, bias)]
     failed = kernel.run(
-        x.data_ptr(),
-        values.data_ptr(),
-        keys.data_ptr(),
-        None if row_ptr is None else row_ptr.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        (ctypes.c_void_p * len(extras))(*[extra.data_ptr() for extra in extras]),
+        *[each.data_ptr() for each in tensors],
+        *[each if each is None else each.data_ptr() for each in optional],
+        (ctypes.c_void_p * len(operands))(*[each.data_ptr() for each in operands]),
         y.data_ptr(),
-        y.numel() // y.shape[-1],
+        y.numel() // features,
         x.shape[-1],
-        out,
+        keys.shape[0],
         keys.shape[1],
         values.numel(),
         torch.get_num_threads(),
@@ -122,22 +112,61 @@ def _run(
     return y
 
 
+def _parts(
+    kernel: Loaded, packed: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """values, keys, row_ptr and scales."""
+    if len(packed) != 2 + (not kernel.n) + kernel.has_scales:
+        row_ptr = "" if kernel.n else ", row_ptr"
+        rule = f"the kernel reads values, keys{row_ptr}{', scales' * kernel.has_scales}"
+        raise _misshapen("packed", packed[0].new_empty(len(packed)), rule)
+    scales = packed[-1] if kernel.has_scales else None
+    return packed[0], packed[1], None if kernel.n else packed[2], scales
+
+
 def _check(
     kernel: Loaded,
     x: Tensor,
     values: Tensor,
     keys: Tensor,
-    bias: Tensor | None,
-    extras: Sequence[Tensor],
+    row_ptr: Tensor | None,
+    scales: Tensor | None,
+    features: int,
 ) -> None:
-    """Everything that the C function takes on trust."""
-    for tensor, dtype in ((x, kernel.dtype), (values, kernel.dtype), (keys, torch.uint8)):
-        if tensor.dtype is not dtype:
-            name = "x" if tensor is x else "values" if tensor is values else "index or bits"
-            raise DtypeMismatch(name=name, dtype=tensor.dtype, needed=dtype)
-    if keys.shape[1] != kernel.row_bytes(x.shape[-1]):
-        rule = f"its last size must fit the {keys.shape[1]} bytes of index or bits of a row"
+    """What the C function takes on trust about x and the weight."""
+    if x.dtype is not kernel.dtype:
+        raise DtypeMismatch(name="x", dtype=x.dtype, needed=kernel.dtype)
+    if values.dtype is not kernel.stored:
+        raise DtypeMismatch(name="values", dtype=values.dtype, needed=kernel.stored)
+    if keys.dtype is not torch.uint8:
+        raise DtypeMismatch(name="index or bits", dtype=keys.dtype, needed=torch.uint8)
+    (out, row_bytes), width = keys.shape, x.shape[-1]
+    if out != features * kernel.of_w:
+        raise _misshapen("index or bits", keys, f"the result has {features} features")
+    if row_ptr is None:
+        if values.numel() != kernel.value_count(out, width):
+            rule = f"{kernel.n}:{kernel.m} of [{out}, {width}] has another count"
+            raise _misshapen("values", values, rule)
+    elif row_ptr.shape[0] != out + 1 or row_ptr.dtype is not torch.int32:
+        raise _misshapen("row_ptr", row_ptr, f"it must be int32 [{out + 1}]")
+    if row_bytes != kernel.row_bytes(width):
+        rule = f"its last size must fit the {row_bytes} bytes of index or bits of a row"
         raise _misshapen("x", x, rule)
+    if scales is not None:
+        _check_scales(kernel, scales, out, width)
+
+
+def _check_scales(kernel: Loaded, scales: Tensor, out: int, width: int) -> None:
+    if scales.dtype is not kernel.dtype:
+        raise DtypeMismatch(name="scales", dtype=scales.dtype, needed=kernel.dtype)
+    if scales.shape != (out, kernel.groups(width)):
+        rule = f"the weight has {kernel.groups(width)} in each of {out} rows"
+        raise _misshapen("scales", scales, rule)
+
+
+def _check_epilogue(
+    kernel: Loaded, x: Tensor, keys: Tensor, bias: Tensor | None, extras: Sequence[Tensor]
+) -> None:
     if (bias is not None) is not kernel.has_bias or len(extras) != kernel.extras:
         rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
         raise _misshapen("extras", x.new_empty(len(extras)), rule)

@@ -1,8 +1,10 @@
 """The instruction sets that C++ kernels are generated for, best first, and which this CPU has."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,40 +14,54 @@ from sparsefx.target import LinearSpec
 _BITS = ("-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt")
 
 
+class Block(NamedTuple):
+    """A template that computes blocks of `width` columns."""
+
+    header: str
+    width: int
+
+
 # The share of kept values up to which a block of 64 or 32 columns mostly keeps at most 16.
 _FEW_OF_64, _FEW_OF_32 = 0.17, 0.35
 
 
 @dataclass(frozen=True)
 class Isa:
-    """An instruction set: the templates of its block, g++ flags, and what /proc/cpuinfo must list.
+    """An instruction set: its templates, g++ flags, and what /proc/cpuinfo must list.
 
-    `header` takes one keep bit a column; `pick_header` N:M indices with at most half kept;
-    `few_headers` keep bits of bitmaps that keep few of 64 and of 32 columns; `bf16_header` keep
-    bits, multiplies bfloat16. "" or () where the instruction set is no faster that way.
+    `plain` takes one keep bit a column; `pick` N:M indices with at most half kept; `few` keep bits
+    of bitmaps that keep few of 64 and of 32 columns; `bf16` and `int8` keep bits, and multiplies
+    bfloat16, or int8 by int8. None where the instruction set is no faster that way.
     """
 
     name: str
     flags: tuple[str, ...]
     needs: frozenset[str]
-    header: str
-    pick_header: str = ""
-    few_headers: tuple[str, str] | None = None
-    bf16_header: str = ""
+    plain: Block
+    pick: Block | None = None
+    few: tuple[Block, Block] | None = None
+    bf16: Block | None = None
+    int8: Block | None = None
 
-    def template(self, spec: LinearSpec) -> str:
-        """The file in templates/ that computes the block of a kernel for `spec`."""
-        if self.bf16_header and spec.dtype is torch.bfloat16:
-            return self.bf16_header
-        if self.pick_header and 0 < 2 * spec.n <= spec.m:
-            return self.pick_header
-        if self.few_headers and spec.layout == "bitmap" and spec.density <= _FEW_OF_32:
-            return self.few_headers[spec.density > _FEW_OF_64]
-        return self.header
+    def block(self, spec: LinearSpec) -> Block:
+        """The template for `spec`: the first wanted whose blocks fill groups, or else `plain`."""
+        fitting = (b for b in self._wanted(spec) if b and not spec.group % b.width)
+        return next(fitting, self.plain)
+
+    def _wanted(self, spec: LinearSpec) -> Iterator[Block | None]:
+        is_dynamic = spec.values == "int8_dynamic"
+        if is_dynamic:
+            yield self.int8
+        if spec.dtype is torch.bfloat16 and not is_dynamic:
+            yield self.bf16
+        if 0 < 2 * spec.n <= spec.m:
+            yield self.pick
+        if self.few and spec.layout == "bitmap" and spec.density <= _FEW_OF_32:
+            yield from self.few[spec.density > _FEW_OF_64 :]
 
     def picks(self, spec: LinearSpec) -> bool:
         """Whether the kernel for `spec` reads N:M indices (else keep bits)."""
-        return bool(self.pick_header) and self.template(spec) == self.pick_header
+        return self.pick is not None and self.block(spec) == self.pick
 
     def present(self) -> bool:
         """Whether this machine can run it."""
@@ -58,25 +74,26 @@ AVX512 = Isa(
     name="avx512",
     flags=(*(f"-m{flag}" for flag in _AVX512), *_BITS),
     needs=frozenset({*_AVX512, "fma", "f16c", "bmi2"}),
-    header="avx512.h",
-    pick_header="avx512_pick.h",
+    plain=Block("avx512.h", 16),
+    pick=Block("avx512_pick.h", 32),
 )
 AVX512_VNNI = Isa(
     name="avx512_vnni",
     flags=(*AVX512.flags, *(f"-m{flag.replace('_', '')}" for flag in _NEWER)),
     needs=AVX512.needs | {*_NEWER},
-    header="avx512.h",
-    pick_header="avx512_pick.h",
-    few_headers=("avx512_places_64.h", "avx512_places_32.h"),
-    bf16_header="avx512_bf16.h",
+    plain=AVX512.plain,
+    pick=AVX512.pick,
+    few=(Block("avx512_places_64.h", 64), Block("avx512_places_32.h", 32)),
+    bf16=Block("avx512_bf16.h", 32),
+    int8=Block("avx512_int8.h", 64),
 )
 AVX2 = Isa(
     name="avx2",
     flags=("-mavx2", *_BITS),
     needs=frozenset({"avx2", "fma", "f16c", "bmi2"}),
-    header="avx2.h",
+    plain=Block("avx2.h", 16),
 )
-PORTABLE = Isa(name="portable", flags=(), needs=frozenset(), header="portable.h")
+PORTABLE = Isa(name="portable", flags=(), needs=frozenset(), plain=Block("portable.h", 16))
 ISAS = (AVX512, AVX2, PORTABLE)
 LINEAR_ISAS = (AVX512_VNNI, *ISAS)
 

@@ -12,6 +12,8 @@ from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
 from sparsefx.target import LinearSpec, Lowering
 
+_LONGEST_SUM = (2**31 - 1) // (255 * 127)  # of unsigned by signed bytes
+
 
 @dataclass(frozen=True)
 class CppLinear:
@@ -32,12 +34,16 @@ class CppLinear:
         """None for yes, or the reason for no."""
         if spec.layout != self.layout:
             return f"{self.name} reads the {self.layout} layout, not {spec.layout}"
-        if spec.values:
-            return f"it reads values of the input's type, not {spec.values}"
+        if spec.values and spec.values not in emit.STORED:
+            return f"it widens codes of int8 and int4, not of {spec.values}"
         if spec.dtype not in emit.VALUE_TYPES:
             return f"{spec.dtype} is not one of float32, bfloat16, float16"
         if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):
             return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
+        if spec.group % self._isa().plain.width:
+            return f"groups of {spec.group} columns are no blocks of {self._isa().plain.width}"
+        if spec.values == "int8_dynamic" and (spec.group or spec.in_features) > _LONGEST_SUM:
+            return f"int8 sums of {spec.in_features} products do not fit 32 bits"
         if not self._isa().present():
             return f"this CPU has no {self._isa().name}"
         if build.compiler() is None:
@@ -75,13 +81,15 @@ class CppLinear:
 TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"))
 
 
-def _keep_bits(spec: LinearSpec, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    values, index = packed
-    ones = torch.ones(values.shape, dtype=torch.uint8, device=values.device)
+def _keep_bits(spec: LinearSpec, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    values, index, *scales = packed
+    shape = (spec.out_features, spec.in_features // spec.m * spec.n)
+    ones = torch.ones(shape, dtype=torch.uint8, device=values.device)
     keep = unpack_nm(PackedNM(ones, index), spec.n, spec.m)
-    return values, pack_bits(keep)
+    return values, pack_bits(keep), *scales
 
 
 def _prefix(spec: LinearSpec, isa: Isa) -> str:
     pattern = f"{spec.n}_{spec.m}_" if spec.layout == "nm" else ""
-    return f"{spec.layout}_{pattern}{emit.VALUE_TYPES[spec.dtype]}_{isa.name}"
+    values = f"{spec.values}_" if spec.values else ""
+    return f"{spec.layout}_{pattern}{values}{emit.VALUE_TYPES[spec.dtype]}_{isa.name}"

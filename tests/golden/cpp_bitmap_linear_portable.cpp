@@ -16,6 +16,7 @@
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct int4 { uint8_t pair; };
 
 // Activations without a branch or a call, so that the compiler computes a register of them at once.
 // Their errors are about those of float32: 2e-7 of the largest result.
@@ -62,7 +63,11 @@ static inline float gelu_tanh(float x) {  // 0.5 (1 + tanh(z)) = 1 / (1 + e^-2z)
 }
 
 using Value = float;
+using Stored = Value;
 extern "C" const char sparsefx_dtype[16] = "float32";
+extern "C" const char sparsefx_stored[16] = "float32";
+constexpr int SCALED = 0, GROUP = 0;
+constexpr int DYNAMIC = 0;
 constexpr int N = 0, M = 1;
 constexpr int BIAS = 1, EXTRAS = 0;
 constexpr int OF_W = 1;
@@ -74,6 +79,49 @@ template <class Body>
 static inline void parallel_for(int64_t count, int32_t threads, const Body& body) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count; ++i) body(i);
+}
+// Where weights lie and how many bytes they take: numbers, or codes that a scale multiplies.
+
+// Codes of 4 bits, two a byte, the low half first.
+struct Nibbles {
+    const uint8_t* bytes;
+    int64_t at;  // which half of which byte
+    Nibbles operator+(int64_t count) const { return {bytes, at + count}; }
+    Nibbles& operator+=(int64_t count) { return at += count, *this; }
+};
+
+constexpr bool IS_INT4 = std::is_same_v<Stored, int4>;
+using Values = std::conditional_t<IS_INT4, Nibbles, const Stored*>;
+
+template <class Of = Values>
+static inline Of values_in(const void* bytes) {
+    if constexpr (IS_INT4) return Of{static_cast<const uint8_t*>(bytes), 0};
+    else return static_cast<Of>(bytes);
+}
+
+static inline const void* address(const Nibbles& p) { return p.bytes + (p.at >> 1); }
+static inline const void* address(const void* p) { return p; }
+
+// How many codes of the first byte lie before p.
+static inline int64_t halves_before(const Nibbles& p) { return p.at & 1; }
+static inline int64_t halves_before(const void*) { return 0; }
+
+static inline int64_t bytes_of(int64_t count) {
+    return IS_INT4 ? (count + 1) / 2 : count * int64_t(sizeof(Stored));
+}
+
+static inline float widen(const int8_t* p) { return *p; }
+
+static inline float widen(const Nibbles& p) {
+    return int8_t(p.bytes[p.at >> 1] >> 4 * (p.at & 1) << 4) >> 4;
+}
+
+static inline uint64_t sixteen(const Nibbles& p) {
+    uint64_t low, high;
+    std::memcpy(&low, p.bytes + (p.at >> 1), 8);
+    std::memcpy(&high, p.bytes + (p.at >> 1) + 1, 8);
+    const uint64_t is_odd = p.at & 1;
+    return low >> 4 * is_odd | (high << 4 & -is_odd);
 }
 // Any processor: blocks of 16 columns in plain C++, which the compiler vectorises as it can.
 // Numbers of 16 bits and float32 on any processor.
@@ -128,12 +176,14 @@ using X = float;
 typedef float Quad __attribute__((vector_size(16)));
 struct Lanes { Quad quad[4]; };
 using Sum = Lanes;
+using Part = Sum;
+constexpr int ZERO = 0;        // what 0 is staged as
 
-static inline Lanes expand(Key keep, const Value* values) {
+static inline Lanes expand(Key keep, Values values) {
     Lanes lanes = {};
-    for (; keep; keep &= keep - 1) {
+    for (; keep; keep &= keep - 1, values += 1) {
         const int column = __builtin_ctz(keep);
-        lanes.quad[column / 4][column % 4] = widen(values++);
+        lanes.quad[column / 4][column % 4] = widen(values);
     }
     return lanes;
 }
@@ -145,6 +195,10 @@ static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
         std::memcpy(&part, x + 4 * q, sizeof part);
         sum.quad[q] += weights.quad[q] * part;
     }
+}
+
+static inline void add_scaled(Part& part, const Sum& sum, float scale) {
+    for (int q = 0; q < 4; ++q) part.quad[q] += sum.quad[q] * scale;
 }
 
 static inline float total(const Sum& sum) {
@@ -168,12 +222,14 @@ static inline float epilogue(const float* sums, [[maybe_unused]] int64_t feature
 constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: as its bits say
 constexpr int ROWS = 4;              // rows of W that a thread walks side by side
 constexpr int64_t CHUNK = 64;        // rows of x staged at a time
+constexpr int64_t ROOM = 64;         // bytes that expand() may read from where values begin
 constexpr int64_t SMALL = 32768;     // multiply-adds below which threads cost more than they help
 
-// One row of W on its way from left to right.
+// Where a row of W begins.
 struct Row {
-    const Value* values;
+    Values values;
     const uint8_t* keys;
+    const Value* scales;
 };
 
 // How far from a row of W lies the one that the thread walks next: what is fetched into the cache
@@ -187,92 +243,137 @@ struct Shape {
     int64_t blocks() const { return in / WIDTH; }
     int64_t rest() const { return in % WIDTH; }
     int64_t padded() const { return (in + WIDTH - 1) / WIDTH * WIDTH; }
+    int64_t groups() const { return GROUP ? (in + GROUP - 1) / std::max(1, GROUP) : 1; }
 };
 
-static inline Lanes next_block(Row& row, const Ahead& ahead) {
+// Rows of x as dot() reads them, and the scale of each where x is rounded.
+struct Staged {
+    const X* rows;
+    const float* scales;
+};
+
+// The block whose keys are given; `values` moves on behind its values.
+static inline Lanes next_block(Values& values, const uint8_t* keys, int64_t ahead) {
     Key key = 0;
-    std::memcpy(&key, row.keys, KEY_BYTES);
-    __builtin_prefetch(row.values + ahead.values);
-    const Lanes lanes = expand(key, row.values);
-    row.keys += KEY_BYTES;
-    row.values += KEPT ? KEPT : __builtin_popcountll(key);
+    std::memcpy(&key, keys, KEY_BYTES);
+    __builtin_prefetch(address(values + ahead));
+    const Lanes lanes = expand(key, values);
+    values += KEPT ? KEPT : __builtin_popcountll(key);
     return lanes;
 }
 
 // The last columns, fewer than WIDTH; the values that follow belong to another row.
-static Lanes last_block(const Row& row, const Shape& shape) {
+static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape) {
     Key key = 0;
-    std::memcpy(&key, row.keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
+    std::memcpy(&key, keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
     const int64_t count = KEPT ? shape.rest() / M * N : __builtin_popcountll(key);
-    Value copy[WIDTH] = {};
-    std::memcpy(copy, row.values, count * sizeof(Value));
-    return expand(key, copy);
+    const int64_t before = halves_before(values);
+    uint8_t copy[WIDTH * sizeof(Stored) + ROOM] = {};
+    std::memcpy(copy, address(values), bytes_of(before + count));
+    return expand(key, values_in(copy) + before);
 }
 
+// All loops over r and b below are unrolled, or sums would live in memory.
 template <int HEIGHT, int BATCH>
-static inline void add_block(Sum (&acc)[HEIGHT][BATCH], const Lanes (&weights)[HEIGHT],
+struct Sums {
+    Sum of[HEIGHT][BATCH] = {};
+    Sum zeros[HEIGHT] = {};  // what staged zeros add, where ZERO is not 0
+};
+
+template <int HEIGHT, int BATCH>
+static inline void add_block(Sums<HEIGHT, BATCH>& sums, const Lanes (&weights)[HEIGHT],
                              const X* x) {
 #pragma GCC unroll 8
     for (int b = 0; b < BATCH; ++b)
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) multiply_add(acc[r][b], weights[r], x + b * WIDTH);
+        for (int r = 0; r < HEIGHT; ++r) multiply_add(sums.of[r][b], weights[r], x + b * WIDTH);
+    if constexpr (ZERO != 0)
+#pragma GCC unroll 4
+        for (int r = 0; r < HEIGHT; ++r) add_zeros(sums.zeros[r], weights[r]);
 }
 
-// sums[r][b] = W[r] . x[b] for HEIGHT rows of W and BATCH rows of x; a block of W is used for all
-// BATCH rows. x is staged: block 0 of the BATCH rows, block 1 of them, ... All loops over r and b
-// are unrolled, or acc would live in memory.
+// parts[r][b] += the sums, times the scale that the rows of W have for a group of columns.
 template <int HEIGHT, int BATCH>
-static inline void dot(Row (&rows)[HEIGHT], const X* x, const Shape& shape, const Ahead& ahead,
-                       float (&sums)[HEIGHT][BATCH]) {
-    Sum acc[HEIGHT][BATCH] = {};
+static inline void add_group(Part (&parts)[HEIGHT][BATCH], const Sums<HEIGHT, BATCH>& sums,
+                             const Row (&rows)[HEIGHT], int64_t group) {
+#pragma GCC unroll 4
+    for (int r = 0; r < HEIGHT; ++r)
+#pragma GCC unroll 8
+        for (int b = 0; b < BATCH; ++b) {
+            Sum sum = sums.of[r][b];
+            if constexpr (ZERO != 0) sum = without(sum, sums.zeros[r]);
+            if constexpr (SCALED) add_scaled(parts[r][b], sum, widen(rows[r].scales + group));
+            else parts[r][b] = sum;
+        }
+}
+
+// dots[r][b] = W[r] . x[b] for HEIGHT rows of W and BATCH rows of x; a block of W is used for all
+// BATCH rows. x is staged: block 0 of the BATCH rows, block 1 of them, ...
+template <int HEIGHT, int BATCH>
+static inline void dot(const Row (&rows)[HEIGHT], const X* x, const Shape& shape, Ahead ahead,
+                       float (&dots)[HEIGHT][BATCH]) {
+    Part parts[HEIGHT][BATCH] = {};
     Lanes weights[HEIGHT];
-    const uint8_t* next_keys = rows[0].keys + ahead.keys;
-    for (int64_t block = 0; block < shape.blocks(); ++block, x += BATCH * WIDTH) {
-        __builtin_prefetch(next_keys + block * (HEIGHT * KEY_BYTES));
+    Values values[HEIGHT];  // in registers, as a Row that moves on would not be
+    for (int r = 0; r < HEIGHT; ++r) values[r] = rows[r].values;
+    int64_t block = 0;
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+        Sums<HEIGHT, BATCH> sums;
+        const int64_t end = GROUP ? std::min(block + GROUP / WIDTH, shape.blocks()) : shape.blocks();
+        for (; block < end; ++block, x += BATCH * WIDTH) {
+            const int64_t at = block * KEY_BYTES;
+            __builtin_prefetch(rows[0].keys + ahead.keys + at * HEIGHT);
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) weights[r] = next_block(rows[r], ahead);
-        add_block(acc, weights, x);
-    }
-    if (shape.rest()) {
+            for (int r = 0; r < HEIGHT; ++r)
+                weights[r] = next_block(values[r], rows[r].keys + at, ahead.values);
+            add_block(sums, weights, x);
+        }
+        if (shape.rest() && group == shape.groups() - 1) {
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) weights[r] = last_block(rows[r], shape);
-        add_block(acc, weights, x);
+            for (int r = 0; r < HEIGHT; ++r)
+                weights[r] = last_block(values[r], rows[r].keys + block * KEY_BYTES, shape);
+            add_block(sums, weights, x);
+        }
+        add_group(parts, sums, rows, group);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 8
-        for (int b = 0; b < BATCH; ++b) sums[r][b] = total(acc[r][b]);
+        for (int b = 0; b < BATCH; ++b) dots[r][b] = total(parts[r][b]);
 }
 
 struct Weight {
-    const Value* values;
+    Values values;
     const uint8_t* keys;
     const int32_t* row_ptr;
-    // expand() may read WIDTH values whatever it needs. The rows from `padded_row` on end too near
-    // the end of `values` for that, so a copy of them, with room behind it, is read instead.
+    const Value* scales;
+    // The rows from `padded_row` on end too near the end of `values` for expand(), so a copy of
+    // them, with room behind it, is read instead.
     int64_t padded_row;
-    const Value* padded;
+    Values padded;
 
     int64_t start(int64_t r, const Shape& shape) const {
-        return N ? r * (shape.in / M * N) : row_ptr[r];
+        const int64_t of_row = shape.in / M * N;
+        return !N ? row_ptr[r] : r * (IS_INT4 ? of_row + of_row % 2 : of_row);
     }
     Row row(int64_t r, const Shape& shape) const {
         const int64_t at = start(r, shape);
         return {r < padded_row ? values + at : padded + (at - start(padded_row, shape)),
-                keys + r * shape.row_bytes};
+                keys + r * shape.row_bytes, SCALED ? scales + r * shape.groups() : nullptr};
     }
     Ahead ahead(int64_t r, int64_t height, const Shape& shape) const {
         const int64_t next = std::min(r + height, shape.out);
         return {start(next, shape) - start(r, shape), height * shape.row_bytes};
     }
-    Value* pad(const Shape& shape) {
+    void* pad(const Shape& shape) {
+        const int64_t bytes = bytes_of(shape.value_count);
         padded_row = shape.out;
         do --padded_row;
-        while (padded_row > 0 && start(padded_row, shape) + WIDTH > shape.value_count);
-        const int64_t from = start(padded_row, shape), count = shape.value_count - from;
-        Value* copy = static_cast<Value*>(std::calloc(count + WIDTH, sizeof(Value)));
-        if (copy && count) std::memcpy(copy, values + from, count * sizeof(Value));
-        padded = copy;
+        while (padded_row > 0 && bytes_of(start(padded_row, shape)) + ROOM > bytes);
+        const int64_t from = start(padded_row, shape), count = bytes - bytes_of(from);
+        void* copy = std::calloc(count + ROOM, 1);
+        if (copy && count) std::memcpy(copy, address(values + from), count);
+        padded = values_in(copy);
         return copy;
     }
 };
@@ -303,20 +404,20 @@ struct Tail {
 // sums[b][r] of HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read
 // again and the result is dropped, which saves a second copy of this code for the remainder.
 template <int HEIGHT, int BATCH>
-static inline void rows_by_batch(const Weight& weight, const X* x, const Shape& shape,
+static inline void rows_by_batch(const Weight& weight, const Staged& x, const Shape& shape,
                                  int64_t column, float (*sums)[ROWS]) {
     Row rows[HEIGHT];
     for (int r = 0; r < HEIGHT; ++r)
         rows[r] = weight.row(std::min(column + r, shape.out - 1), shape);
     float dots[HEIGHT][BATCH];
-    dot(rows, x, shape, weight.ahead(column, HEIGHT, shape), dots);
+    dot(rows, x.rows, shape, weight.ahead(column, HEIGHT, shape), dots);
     for (int b = 0; b < BATCH; ++b)
-        for (int r = 0; r < HEIGHT; ++r) sums[b][r] = dots[r][b];
+        for (int r = 0; r < HEIGHT; ++r) sums[b][r] = DYNAMIC ? dots[r][b] * x.scales[b] : dots[r][b];
 }
 
 // ROWS rows of W by BATCH rows of x, as many rows of W side by side as registers hold sums.
 template <int BATCH>
-static void group_by_batch(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
+static void group_by_batch(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
                            int64_t column, int64_t first) {
     constexpr int HEIGHT = std::max(1, std::min(ROWS, SUMS / BATCH));
     const int64_t count = std::min<int64_t>(ROWS, shape.out - column);
@@ -333,11 +434,11 @@ static int batch_block(int64_t left) {
     return block;
 }
 
-static void group(const Weight& weight, const X* x, const Shape& shape, const Tail& tail,
+static void group(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
                   int64_t column, int64_t first, int64_t batch) {
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
-        const X* rows = x + done * shape.padded();
+        const Staged rows{x.rows + done * shape.padded(), x.scales + done};
         const int64_t at = first + done;
         switch (block) {
             case 8: group_by_batch<8>(weight, rows, shape, tail, column, at); break;
@@ -351,17 +452,48 @@ static void group(const Weight& weight, const X* x, const Shape& shape, const Ta
 
 // Whether x lies as dot() reads it already.
 static bool is_staged(const Shape& shape, int64_t batch) {
-    return std::is_same_v<X, Value> && batch == 1 && shape.rest() == 0;
+    return std::is_same_v<X, Value> && !DYNAMIC && batch == 1 && shape.rest() == 0;
+}
+
+// The largest of a row of x is 127 of these; NaN if not all of it is finite, so that y is NaN too.
+static float scale_of(const Value* x, int64_t columns) {
+    int32_t largest = 0;  // sizes of numbers compare as their bits do
+    for (int64_t c = 0; c < columns; ++c) {
+        const float wide = widen(x + c);
+        int32_t bits;
+        std::memcpy(&bits, &wide, sizeof bits);
+        largest = std::max(largest, bits & 0x7FFFFFFF);
+    }
+    float size;
+    std::memcpy(&size, &largest, sizeof size);
+    return std::isfinite(size) ? size / 127 : NAN;
+}
+
+template <class Code>
+static void stage_codes(const Value* x, int64_t columns, float scale, Code* staged) {
+    constexpr float SHIFT = 0x1.8p23f;  // added and taken off again, rounds half to even
+    const float divisor = scale != 0 ? scale : 1;
+    for (int64_t c = 0; c < columns; ++c) {
+        const float code = std::max(-127.f, std::min(127.f, widen(x + c) / divisor));
+        staged[c] = Code(static_cast<int32_t>(code + SHIFT - SHIFT) + ZERO);
+    }
+    for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(ZERO);
 }
 
 // Copies `batch` rows of x into the order and type that dot() reads, columns padded with zeros.
-static void stage(const Value* x, X* staged, const Shape& shape, int64_t batch) {
+template <class To>
+static void stage(const Value* x, To* staged, float* scales, const Shape& shape, int64_t batch) {
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
-        for (int b = 0; b < block; ++b, x += shape.in)
-            for (int64_t c = 0; c < shape.padded(); c += WIDTH)
-                stage_block(x + c, std::min<int64_t>(WIDTH, shape.in - c),
-                            staged + c * block + b * WIDTH);
+        for (int b = 0; b < block; ++b, x += shape.in) {
+            if (DYNAMIC) scales[done + b] = scale_of(x, shape.in);
+            for (int64_t c = 0; c < shape.padded(); c += WIDTH) {
+                const int64_t columns = std::min<int64_t>(WIDTH, shape.in - c);
+                To* at = staged + c * block + b * WIDTH;
+                if constexpr (DYNAMIC) stage_codes(x + c, columns, scales[done + b], at);
+                else stage_block(x + c, columns, at);
+            }
+        }
         staged += block * shape.padded();
         done += block;
     }
@@ -377,8 +509,9 @@ static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, c
         const int64_t rows = std::min(CHUNK, batch - first);
         const Value* from = x + first * shape.in;
         const bool as_it_is = is_staged(shape, rows);
-        if (!as_it_is) stage(from, staged, shape, rows);
-        const X* ready = as_it_is ? reinterpret_cast<const X*>(from) : staged;
+        float scales[CHUNK];
+        if (!as_it_is) stage(from, staged, scales, shape, rows);
+        const Staged ready{as_it_is ? reinterpret_cast<const X*>(from) : staged, scales};
         parallel_for(groups, rows * shape.in * shape.out > SMALL ? threads : 1, [&](int64_t g) {
             group(weight, ready, shape, tail, g * ROWS, first, rows);
         });
@@ -435,6 +568,17 @@ static inline Vector widened(const fp16* p) {
     for (int i = 0; i < FLOATS; ++i) vector[i] = widen(p + i);
     return vector;
 #endif
+}
+
+static inline Vector widened(const int8_t* p) {
+    typedef int8_t Codes __attribute__((vector_size(FLOATS)));
+    return __builtin_convertvector(loaded<Codes>(p), Vector);
+}
+
+static inline Vector widened(const Nibbles& p) {
+    Vector vector;
+    for (int i = 0; i < FLOATS; ++i) vector[i] = widen(p + i);
+    return vector;
 }
 
 // Row i, lane j becomes row j, lane i, by exchanging halves of ever smaller squares.
@@ -560,6 +704,9 @@ static inline int64_t list_kept(const Row& row, int64_t from, int64_t to, const 
         ? columns_of_indices(row.keys + before, to - from, list.columns)
         : columns_of_bits(row.keys + before, to - from, list.columns);
     for (int64_t i = 0; i < count; i += FLOATS) stored(widened(row.values + i), list.values + i);
+    if constexpr (SCALED)
+        for (int64_t i = 0; i < count; ++i)
+            list.values[i] *= widen(row.scales + (GROUP ? (from + list.columns[i]) / std::max(1, GROUP) : 0));
     return count;
 }
 
@@ -760,25 +907,28 @@ static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, 
 // float32 pays from 6, 12 and 30 rows on if a tenth, a fifth and a half is kept; where few_rows()
 // multiplies two numbers of 16 bits at once, twice that.
 static bool many_rows_pay(const Shape& shape, int64_t batch) {
+    if (DYNAMIC) return false;  // x is not rounded here
     const int64_t rows = sizeof(X) == 2 ? 120 : 60;
     return batch * shape.in * shape.out >= rows * shape.value_count;
 }
 
 // What the caller must know of the specialisation.
-extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W};
+extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W,
+                                              SCALED, GROUP};
 
 // x [batch, in], values [value_count], keys [out, row_bytes], row_ptr [out + 1] (bitmap only),
-// bias [out], extras: pointers to [batch, out / OF_W], y the same; all contiguous, all of type Value
-// but keys and row_ptr. Returns 0, or 1 if there is no memory for the copies it works on; out > 0.
-extern "C" int32_t sparsefx_linear(const Value* x, const Value* values, const uint8_t* keys,
-                                   const int32_t* row_ptr, const Value* bias,
+// scales [out, groups of columns] (SCALED only), bias [out], extras: pointers to
+// [batch, out / OF_W], y the same; all contiguous, all of type Value but keys, row_ptr and values.
+// Returns 0, or 1 if there is no memory for the copies it works on; out > 0.
+extern "C" int32_t sparsefx_linear(const Value* x, const void* values, const uint8_t* keys,
+                                   const int32_t* row_ptr, const Value* scales, const Value* bias,
                                    const Value* const* extras, Value* y, int64_t batch, int64_t in,
                                    int64_t out, int64_t row_bytes, int64_t value_count,
                                    int32_t threads) {
-    const Shape shape{in, out, row_bytes, value_count};
+    const Shape shape{in, out, row_bytes, IS_INT4 ? 2 * value_count : value_count};
     const Tail tail{bias, extras, y, out / OF_W};
-    Weight weight{values, keys, row_ptr, 0, nullptr};
-    Value* padded = weight.pad(shape);
+    Weight weight{values_in(values), keys, row_ptr, scales, 0, {}};
+    void* padded = weight.pad(shape);
     const auto& run = many_rows_pay(shape, batch) ? many_rows : few_rows;
     const bool done = padded && run(weight, x, shape, tail, batch, threads);
     std::free(padded);

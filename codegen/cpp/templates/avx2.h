@@ -11,6 +11,8 @@ using Key = uint16_t;         // the keep bits of a block
 using X = float;
 struct Lanes { __m256 low, high; };
 using Sum = Lanes;
+using Part = Sum;
+constexpr int ZERO = 0;       // what 0 is staged as
 
 static inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
 
@@ -24,6 +26,17 @@ static inline __m256 load(const bf16* p) {
 
 static inline __m256 load(const fp16* p) { return _mm256_cvtph_ps(load_halves(p)); }
 
+static inline __m256 load(const int8_t* p) {
+    const auto* bytes = reinterpret_cast<const __m128i*>(p);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
+}
+
+static inline __m256 load(const Nibbles& p) {
+    const __m256i up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+    const __m256i words = _mm256_set1_epi32(static_cast<int>(sixteen(p)));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(words, up), 28));
+}
+
 static inline __m256 expand_half(int keep, __m256 values) {
     const auto* order = reinterpret_cast<const __m128i*>(ORDERS.order[keep]);
     const __m256i columns = _mm256_cvtepi8_epi32(_mm_loadl_epi64(order));
@@ -31,7 +44,7 @@ static inline __m256 expand_half(int keep, __m256 values) {
     return _mm256_andnot_ps(clear, _mm256_permutevar8x32_ps(values, columns));
 }
 
-static inline Lanes expand(Key keep, const Value* values) {
+static inline Lanes expand(Key keep, Values values) {
     const int low = keep & 255, high = keep >> 8;
     return {expand_half(low, load(values)),
             expand_half(high, load(values + __builtin_popcount(low)))};
@@ -40,6 +53,11 @@ static inline Lanes expand(Key keep, const Value* values) {
 static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
     sum.low = _mm256_fmadd_ps(weights.low, _mm256_loadu_ps(x), sum.low);
     sum.high = _mm256_fmadd_ps(weights.high, _mm256_loadu_ps(x + 8), sum.high);
+}
+
+static inline void add_scaled(Part& part, const Sum& sum, float scale) {
+    part.low = _mm256_fmadd_ps(sum.low, _mm256_set1_ps(scale), part.low);
+    part.high = _mm256_fmadd_ps(sum.high, _mm256_set1_ps(scale), part.high);
 }
 
 static inline float total(const Sum& sum) {

@@ -9,7 +9,7 @@ constexpr int INDEX_BITS = 0, KEY_BYTES = 2;
 using Key = uint16_t;      // the keep bits of a block
 using Lanes = __m512;
 
-static inline Lanes expand(Key keep, const Value* values) {
+static inline Lanes expand(Key keep, Values values) {
     constexpr int COUNT = N ? WIDTH * N / M : WIDTH;
     const int low = keep & 255, high = keep >> 8;
     uint64_t orders[2];

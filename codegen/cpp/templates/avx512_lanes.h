@@ -5,6 +5,8 @@ constexpr int SUMS = 16;      // Sums that a thread keeps in registers
 constexpr int MAX_BATCH = 8;  // rows of x that share a block of W
 using X = float;
 using Sum = __m512;
+using Part = Sum;
+constexpr int ZERO = 0;       // what 0 is staged as
 
 template <int COUNT>
 static inline __m512 load(const float* p) {
@@ -32,6 +34,26 @@ static inline __m512 load(const bf16* p) {
 template <int COUNT>
 static inline __m512 load(const fp16* p) {
     return _mm512_cvtph_ps(load_halves<COUNT>(p));
+}
+
+// Codes are read 16 at a time, however few of them are meant.
+template <int>
+static inline __m512 load(const int8_t* p) {
+    const auto* bytes = reinterpret_cast<const __m128i*>(p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+}
+
+template <int>
+static inline __m512 load(const Nibbles& p) {
+    const uint64_t codes = sixteen(p);
+    const __m512i low = _mm512_set1_epi32(static_cast<int>(codes));
+    const __m512i words = _mm512_mask_set1_epi32(low, 0xFF00, static_cast<int>(codes >> 32));
+    const __m512i up = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(words, up), 28));
+}
+
+static inline void add_scaled(Part& part, Sum sum, float scale) {
+    part = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), part);
 }
 
 static inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }

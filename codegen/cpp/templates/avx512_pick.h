@@ -21,7 +21,7 @@ static constexpr Lane lanes_of_block() {
 }
 alignas(64) static constexpr Lane LANE = lanes_of_block();
 
-static inline Lanes expand(Key key, const Value* values) {
+static inline Lanes expand(Key key, Values values) {
     const __m128i bytes = _mm_cvtsi64_si128(key);
     const __m512i packed = M == 4
         ? _mm512_set1_epi32(static_cast<int>(key))

@@ -10,7 +10,7 @@ struct Lanes {  // the first 16 values, and where the others are
     __m512i columns;
     __mmask16 filled;
     Key keep;
-    const Value* from;
+    Values from;
 };
 
 struct Iota {
@@ -31,6 +31,12 @@ static inline __m512 load_first(const fp16* p, __mmask16 filled) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(filled, p));
 }
 
+static inline __m512 load_first(const int8_t* p, __mmask16 filled) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(filled, p)));
+}
+
+static inline __m512 load_first(const Nibbles& p, __mmask16) { return load<16>(p); }
+
 static inline __m512i columns_of(Key keep) {
     const __m512i iota = _mm512_load_si512(&IOTA);
     if constexpr (WIDTH == 64) return _mm512_maskz_compress_epi8(keep, iota);
@@ -42,7 +48,7 @@ static inline __m512i widened_16(__m512i columns) {
     return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(columns));
 }
 
-static inline Lanes expand(Key keep, const Value* values) {
+static inline Lanes expand(Key keep, Values values) {
     const __mmask16 filled = first(__builtin_popcountll(keep));
     return {load_first(values, filled), widened_16(columns_of(keep)), filled, keep, values};
 }
@@ -58,7 +64,7 @@ static inline __m512 pick(__m512i columns, const X* x) {
 
 static inline void add_rest(Sum& sum, const Lanes& weights, const X* x) {
     __m512i columns = columns_of(weights.keep);
-    const Value* values = weights.from;
+    Values values = weights.from;
     for (int left = __builtin_popcountll(weights.keep) - 16; left > 0; left -= 16) {
         columns = _mm512_alignr_epi64(columns, columns, 2);
         values += 16;

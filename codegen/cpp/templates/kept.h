@@ -87,5 +87,8 @@ static inline int64_t list_kept(const Row& row, int64_t from, int64_t to, const 
         ? columns_of_indices(row.keys + before, to - from, list.columns)
         : columns_of_bits(row.keys + before, to - from, list.columns);
     for (int64_t i = 0; i < count; i += FLOATS) stored(widened(row.values + i), list.values + i);
+    if constexpr (SCALED)
+        for (int64_t i = 0; i < count; ++i)
+            list.values[i] *= widen(row.scales + (GROUP ? (from + list.columns[i]) / std::max(1, GROUP) : 0));
     return count;
 }

@@ -204,6 +204,7 @@ static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, 
 // float32 pays from 6, 12 and 30 rows on if a tenth, a fifth and a half is kept; where few_rows()
 // multiplies two numbers of 16 bits at once, twice that.
 static bool many_rows_pay(const Shape& shape, int64_t batch) {
+    if (DYNAMIC) return false;  // x is not rounded here
     const int64_t rows = sizeof(X) == 2 ? 120 : 60;
     return batch * shape.in * shape.out >= rows * shape.value_count;
 }

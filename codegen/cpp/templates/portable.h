@@ -10,12 +10,14 @@ using X = float;
 typedef float Quad __attribute__((vector_size(16)));
 struct Lanes { Quad quad[4]; };
 using Sum = Lanes;
+using Part = Sum;
+constexpr int ZERO = 0;        // what 0 is staged as
 
-static inline Lanes expand(Key keep, const Value* values) {
+static inline Lanes expand(Key keep, Values values) {
     Lanes lanes = {};
-    for (; keep; keep &= keep - 1) {
+    for (; keep; keep &= keep - 1, values += 1) {
         const int column = __builtin_ctz(keep);
-        lanes.quad[column / 4][column % 4] = widen(values++);
+        lanes.quad[column / 4][column % 4] = widen(values);
     }
     return lanes;
 }
@@ -27,6 +29,10 @@ static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
         std::memcpy(&part, x + 4 * q, sizeof part);
         sum.quad[q] += weights.quad[q] * part;
     }
+}
+
+static inline void add_scaled(Part& part, const Sum& sum, float scale) {
+    for (int q = 0; q < 4; ++q) part.quad[q] += sum.quad[q] * scale;
 }
 
 static inline float total(const Sum& sum) {

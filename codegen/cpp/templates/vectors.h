@@ -42,6 +42,17 @@ static inline Vector widened(const fp16* p) {
 #endif
 }
 
+static inline Vector widened(const int8_t* p) {
+    typedef int8_t Codes __attribute__((vector_size(FLOATS)));
+    return __builtin_convertvector(loaded<Codes>(p), Vector);
+}
+
+static inline Vector widened(const Nibbles& p) {
+    Vector vector;
+    for (int i = 0; i < FLOATS; ++i) vector[i] = widen(p + i);
+    return vector;
+}
+
 // Row i, lane j becomes row j, lane i, by exchanging halves of ever smaller squares.
 template <int HALF = FLOATS / 2>
 static inline void transpose(Vector (&rows)[FLOATS]) {
