@@ -2,6 +2,7 @@
 
     python benchmarks/prune.py --pattern 0.5 2:4 --criterion magnitude wanda sparsegpt
     python benchmarks/prune.py --pattern 0.6 --criterion sparsegpt --allocation uniform owl knapsack
+    python benchmarks/prune.py --pattern 2:4 "2:4 int8" "2:4 int4" --windows 1
 
 Prunes the 210 linear layers of all blocks, calibrated on the start of real Wikipedia text, and
 evaluates on windows spread over its middle third; of an even number one starts at its middle.
@@ -96,11 +97,12 @@ HEAD = (
 
 
 def pattern_of(text: str) -> Pattern:
-    """ "2:4" or a sparsity such as "0.5"."""
-    if ":" in text:
-        n, m = map(int, text.split(":"))
-        return sparsefx.NM(n, m)
-    return sparsefx.Unstructured(float(text))
+    """ "2:4" or a sparsity such as "0.5", with values if they are to be codes: "2:4 int4"."""
+    zeros, _, values = text.partition(" ")
+    if ":" in zeros:
+        n, m = map(int, zeros.split(":"))
+        return sparsefx.NM(n, m, values=values)
+    return sparsefx.Unstructured(float(zeros), values=values)
 
 
 def evaluation_windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
@@ -170,7 +172,7 @@ def one(
 def main() -> None:
     """Prints the table, and keeps it if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pattern", nargs="+", default=["0.5"], help='sparsities or "2:4"')
+    parser.add_argument("--pattern", nargs="+", default=["0.5"], help='0.5, 2:4, "2:4 int4"')
     parser.add_argument("--criterion", nargs="+", choices=CRITERIA, default=["sparsegpt"])
     parser.add_argument(
         "--allocation", nargs="+", choices=[*ALLOCATIONS, "knapsack"], default=["uniform"]

@@ -1,6 +1,7 @@
 """Sparse checkpoints round-trip bit for bit, are small, and refuse another model's file."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sparsefx.annotations import annotations
 from sparsefx.api import sparsify
 from sparsefx.checkpoint import load, save
 from sparsefx.errors import CheckpointMismatch
+from sparsefx.quantise import LARGEST
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 from tests.checkpoints import Zoo, layout_of, raw, snapshot, split, zoo
 
@@ -21,6 +23,13 @@ PATTERNS = st.one_of(
     st.sampled_from([NM(n, m) for m in (4, 8, 16) for n in (1, m // 2, m - 1)]),
     st.builds(Unstructured, st.floats(0, 0.99)),
     st.just(Block(4, 4, 0.5)),
+    st.builds(
+        replace,
+        st.sampled_from([NM(2, 4), NM(1, 8), Unstructured(0.6)]),
+        values=st.sampled_from([*LARGEST]),
+        group=st.sampled_from([0, 16, 32, 128]),
+    ),
+    st.builds(Block, st.just(4), st.just(4), st.just(0.5), values=st.sampled_from([*LARGEST])),
 )
 
 

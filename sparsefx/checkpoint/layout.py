@@ -8,12 +8,17 @@ of S, and stored as one of
     bitmap  "w:values"  [nonzeros]                 "w:bits"   uint8 [rows, ceil(columns / 8)]
     keep    "w:keep"    uint8 [rows, ceil(columns / 8)]: the mask alone
 
-in the encodings of `sparsefx.formats`. The JSON is the safetensors metadata called "sparsefx".
+in the encodings of `sparsefx.formats`. nm and bitmap may hold codes (`sparsefx.quantise`): int8,
+fp8 as e4m3, or int4 two a byte, a row of nm and all of a bitmap from a whole byte on, and beside
+
+            "w:scales"  [ceil(rows / r), ceil(columns / c)] of tiles of r x c
+
+in the tensor's dtype. The JSON is the safetensors metadata called "sparsefx".
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -47,11 +52,15 @@ STORED_NAMES = PACKABLE | {
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_NAMES}
 _KINDS = ("dense", "nm", "bitmap", "keep")
+_CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: how it is stored and what it unpacks to. `n`, `m` are 0 unless kind is "nm"."""
+    """One tensor: how it is stored and what it unpacks to. `n`, `m` are 0 unless kind is "nm".
+
+    values: "", or "int8", "int4", "fp8" codes with a scale for each `tile` of the matrix.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -59,6 +68,8 @@ class Entry:
     axis: int = 0
     n: int = 0
     m: int = 0
+    values: str = ""
+    tile: tuple[int, int] = (0, 0)
 
     @property
     def columns(self) -> int:
@@ -77,11 +88,23 @@ class Entry:
         bits = (torch.uint8, (self.rows, -(-self.columns // 8)))
         if self.kind == "keep":
             return {":keep": bits}
+        dtype = _CODES.get(self.values, self.dtype)
         if self.kind == "bitmap":
-            return {":values": (self.dtype, (None,)), ":bits": bits}
-        kept = self.columns // self.m * self.n
-        index = (torch.uint8, (self.rows, -(-kept * index_bits(self.m) // 8)))
-        return {":values": (self.dtype, (self.rows, kept)), ":index": index}
+            return {":values": (dtype, (None,)), ":bits": bits, **self._scales()}
+        width = -(-self.kept // 2) if self.values == "int4" else self.kept
+        index = (torch.uint8, (self.rows, -(-self.kept * index_bits(self.m) // 8)))
+        return {":values": (dtype, (self.rows, width)), ":index": index, **self._scales()}
+
+    @property
+    def kept(self) -> int:
+        """Values in a row of an N:M matrix."""
+        return self.columns // self.m * self.n
+
+    def _scales(self) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+        if not self.values:
+            return {}
+        high, wide = self.tile
+        return {":scales": (self.dtype, (-(-self.rows // high), -(-self.columns // wide)))}
 
 
 @dataclass(frozen=True)
@@ -169,6 +192,8 @@ def _entry_to_dict(entry: Entry) -> dict[str, object]:
         fields["axis"] = entry.axis
     if entry.kind == "nm":
         fields |= {"n": entry.n, "m": entry.m}
+    if entry.values:
+        fields |= {"values": entry.values, "tile": entry.tile}
     return fields
 
 
@@ -177,7 +202,8 @@ def _entry_from(name: str, fields: object) -> Entry:
         raise BadLayout(f"tensor {name} is of no known kind")
     kind, shape, dtype = fields["kind"], fields.get("shape"), fields.get("dtype")
     numbers = {"dense": (), "nm": ("axis", "n", "m")}.get(kind, ("axis",))
-    if set(fields) != {"kind", "shape", "dtype", *numbers}:
+    codes = ("values", "tile") if kind in ("nm", "bitmap") and "values" in fields else ()
+    if set(fields) != {"kind", "shape", "dtype", *numbers, *codes}:
         raise BadLayout(f"tensor {name} has missing or unknown fields")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
         raise BadLayout(f"tensor {name} has no valid shape")
@@ -187,7 +213,18 @@ def _entry_from(name: str, fields: object) -> Entry:
         raise BadLayout(f"tensor {name} has a pattern that is not made of whole numbers")
     entry = Entry(kind, tuple(shape), _DTYPES[dtype], *(fields[number] for number in numbers))
     _check_packing(name, entry)
-    return entry
+    return _with_codes(name, entry, fields["values"], fields["tile"]) if codes else entry
+
+
+def _with_codes(name: str, entry: Entry, values: object, tile: object) -> Entry:
+    if not isinstance(values, str) or values not in _CODES:
+        raise BadLayout(f"tensor {name} has no known values")
+    if not isinstance(tile, list) or len(tile) != 2 or not all(map(_is_size, tile)):
+        raise BadLayout(f"tensor {name} has no valid tile")
+    high, wide = tile
+    if not 0 < high <= entry.rows or not 0 < wide <= entry.columns:
+        raise BadLayout(f"tensor {name} cannot have a scale for {high} x {wide}")
+    return replace(entry, values=values, tile=(high, wide))
 
 
 def _is_size(value: object) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsefx.annotations import annotate, annotate_attention
 from sparsefx.attention.thresholds import AttentionThresholds
+from sparsefx.checkpoint.codes import check_codes, loaded_codes, weights_of
 from sparsefx.checkpoint.layout import (
     ANNOTATIONS_FILE,
     KEY,
@@ -142,21 +143,25 @@ def _check_fits(
 
 def _check_content(name: str, entry: Entry, parts: Mapping[str, Tensor]) -> None:
     """Whether indices ascend inside their group and bit counts agree with the stored values."""
+    count = entry.kept if entry.kind == "nm" else 0
     if entry.kind == "nm":
         stored = index_columns(parts[":index"], entry.m)
-        used = parts[":values"].shape[1]
-        columns = stored[:, :used].reshape(-1, entry.n)
+        columns = stored[:, :count].reshape(-1, entry.n)
         if not ((columns < entry.m).all() and (columns[:, 1:] > columns[:, :-1]).all()):
             raise BadLayout(f"{name} has indices that do not ascend below m={entry.m}")
-        if stored[:, used:].any():
+        if stored[:, count:].any():
             raise BadLayout(f"{name} has indices behind its last value")
     elif entry.kind in ("bitmap", "keep"):
         bits = parts[":bits" if entry.kind == "bitmap" else ":keep"]
         padded = unpack_bits(bits, 8 * bits.shape[1])
         if padded[:, entry.columns :].any():
             raise BadLayout(f"{name} has bits set behind its last column")
-        if entry.kind == "bitmap" and int(padded.sum()) != parts[":values"].shape[0]:
-            raise BadLayout(f"{name} has {int(padded.sum())} bits set for another number of values")
+        count = _set_bits(bits)
+        stored_values = -(-count // 2) if entry.values == "int4" else count
+        if entry.kind == "bitmap" and stored_values != parts[":values"].shape[0]:
+            raise BadLayout(f"{name} has {count} bits set for another number of values")
+    if entry.values:
+        check_codes(name, entry, parts, loaded_codes(parts[":values"], entry, count))
 
 
 def _parts(file: safe_open, name: str, entry: Entry) -> dict[str, Tensor]:
@@ -181,16 +186,24 @@ def _copy(entry: Entry, parts: Mapping[str, Tensor], targets: list[Tensor]) -> N
 
 
 def _dense(entry: Entry, parts: Mapping[str, Tensor]) -> Tensor:
-    match entry.kind:
-        case "dense":
-            return parts[""]
-        case "nm":
-            matrix = unpack_nm(PackedNM(parts[":values"], parts[":index"]), entry.n, entry.m)
-        case _:
-            row_ptr = torch.empty(0, dtype=torch.int32)  # unpacking all rows needs no offsets
-            packed = PackedBitmap(parts[":values"], parts[":bits"], row_ptr)
-            matrix = unpack_bitmap(packed, entry.columns)
+    if entry.kind == "dense":
+        return parts[""]
+    values = parts[":values"]
+    if entry.values:
+        count = entry.kept if entry.kind == "nm" else _set_bits(parts[":bits"])
+        values = loaded_codes(values, entry, count)
+    if entry.kind == "nm":
+        matrix = unpack_nm(PackedNM(values, parts[":index"]), entry.n, entry.m)
+    else:
+        row_ptr = torch.empty(0, dtype=torch.int32)  # unpacking all rows needs no offsets
+        matrix = unpack_bitmap(PackedBitmap(values, parts[":bits"], row_ptr), entry.columns)
+    if entry.values:
+        matrix = weights_of(matrix, parts[":scales"], entry)
     return from_matrix(matrix, entry.shape, entry.axis)
+
+
+def _set_bits(bits: Tensor) -> int:
+    return int(unpack_bits(bits, 8 * bits.shape[1]).sum())
 
 
 def _read_annotations(path: Path) -> dict[str, Pattern]:

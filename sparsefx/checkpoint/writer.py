@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefx.annotations import annotations, attention_thresholds
+from sparsefx.checkpoint.codes import coded, pack_codes, stored_codes
 from sparsefx.checkpoint.layout import (
     ANNOTATIONS_FILE,
     KEY,
@@ -26,8 +28,8 @@ from sparsefx.checkpoint.thresholds import THRESHOLDS_KEY, thresholds_to_json
 from sparsefx.detect import MINIMUM_SPARSITY, count_zeros
 from sparsefx.errors import CheckpointMismatch
 from sparsefx.files import replacing
-from sparsefx.formats import index_bits, pack_bitmap, pack_bits, pack_nm
-from sparsefx.spec import Recipe
+from sparsefx.formats import pack_bitmap, pack_bits, pack_nm
+from sparsefx.spec import Pattern, Recipe
 
 
 def save(
@@ -40,11 +42,11 @@ def save(
     """Writes `model` into `folder` (created) as model.safetensors, annotations.toml, recipe.toml.
 
     Every tensor of `model.state_dict()` is stored N:M, as bitmap or dense, whichever takes the
-    fewest bytes; loading gives back the same bits, except that `-0.0` in a packed tensor becomes
-    `0.0`. Tied tensors are stored once. `masks_only` stores, instead of any value, one bit per
-    element for each weight that is annotated or at least a quarter zero. The thresholds of the
-    model's attentions go into the same file. Without `recipe`, a recipe.toml from an earlier save
-    is removed.
+    fewest bytes, weights that `sparsify` rounded to codes as codes and scales; loading gives back
+    the same bits, except that `-0.0` in a packed tensor becomes `0.0`. Tied tensors are stored
+    once. `masks_only` stores, instead of any value, one bit per element for each weight that is
+    annotated or at least a quarter zero. The thresholds of the model's attentions go into the same
+    file. Without `recipe`, a recipe.toml from an earlier save is removed.
 
     All files are written under temporary names and then renamed. Raises CheckpointMismatch for
     state that is not a tensor or of a type that safetensors cannot hold and for thresholds that are
@@ -92,7 +94,7 @@ def _describe(
         if first != name:
             aliases[name] = first
         elif not masks_only:
-            entries[name] = _smallest(tensor.detach())
+            entries[name] = _smallest(tensor.detach(), annotated.get(name))
         elif _is_pruned(tensor.detach(), name in annotated):
             entries[name] = Entry("keep", tuple(tensor.shape), tensor.dtype, tensor.dim() - 1)
     return entries, {alias: name for alias, name in aliases.items() if name in entries}
@@ -108,8 +110,11 @@ def _check_storable(folder: Path, name: str, tensor: object) -> None:
         )
 
 
-def _smallest(tensor: Tensor) -> Entry:
-    """The entry of fewest bytes; among equals N:M, then bitmap, then dense."""
+def _smallest(tensor: Tensor, hint: Pattern | None) -> Entry:
+    """The entry of fewest bytes; among equals N:M, then bitmap, then dense.
+
+    hint: what was decided for the tensor, whose codes are looked for.
+    """
     shape, dtype = tuple(tensor.shape), tensor.dtype
     dense = Entry("dense", shape, dtype)
     if dtype not in PACKABLE or not shape or not tensor.numel():
@@ -120,6 +125,12 @@ def _smallest(tensor: Tensor) -> Entry:
     axes = range(len(shape) - 1, -1, -1)  # among equals the last axis: rows of a linear's weight
     candidates = [entry for axis in axes for entry in _nm_entries(tensor, axis)]
     candidates += [Entry("bitmap", shape, dtype, axis) for axis in axes]
+    found = {axis: coded(tensor, axis, hint) for axis in axes}
+    candidates += [
+        replace(entry, values=codes[0], tile=codes[1])
+        for entry in candidates
+        if (codes := found[entry.axis]) is not None
+    ]
     return min((*candidates, dense), key=lambda entry: _bytes(entry, nonzeros))
 
 
@@ -133,14 +144,12 @@ def _nm_entries(tensor: Tensor, axis: int) -> list[Entry]:
 
 
 def _bytes(entry: Entry, nonzeros: int) -> int:
-    match entry.kind:
-        case "dense":
-            return prod(entry.shape) * entry.dtype.itemsize
-        case "bitmap":
-            return nonzeros * entry.dtype.itemsize + entry.rows * -(-entry.columns // 8)
-        case _:
-            kept = entry.columns // entry.m * entry.n
-            return entry.rows * (kept * entry.dtype.itemsize + -(-kept * index_bits(entry.m) // 8))
+    """Of all its parts; `nonzeros` is what a bitmap stores."""
+    free = -(-nonzeros // 2) if entry.values == "int4" else nonzeros
+    return sum(
+        dtype.itemsize * prod(free if size is None else size for size in shape)
+        for dtype, shape in entry.parts().values()
+    )
 
 
 def _is_pruned(tensor: Tensor, annotated: bool) -> bool:
@@ -170,12 +179,18 @@ def _pack(tensor: Tensor, entry: Entry) -> dict[str, Tensor]:
         # A copy, because safetensors refuses tensors that share storage with others.
         return {"": tensor.clone(memory_format=torch.contiguous_format)}
     matrix = as_matrix(tensor, entry.axis)
-    match entry.kind:
-        case "keep":
-            return {":keep": pack_bits(matrix != 0)}
-        case "nm":
-            nm = pack_nm(matrix, entry.n, entry.m)
-            return {":values": nm.values, ":index": nm.index}
-        case _:
-            bitmap = pack_bitmap(matrix)
-            return {":values": bitmap.values, ":bits": bitmap.bits}
+    if entry.kind == "keep":
+        return {":keep": pack_bits(matrix != 0)}
+    if not entry.values:
+        return _packed(matrix, entry)
+    codes, scales = pack_codes(matrix, entry)
+    parts = _packed(codes, entry)
+    return {**parts, ":values": stored_codes(parts[":values"], entry), ":scales": scales}
+
+
+def _packed(matrix: Tensor, entry: Entry) -> dict[str, Tensor]:
+    if entry.kind == "nm":
+        nm = pack_nm(matrix, entry.n, entry.m)
+        return {":values": nm.values, ":index": nm.index}
+    bitmap = pack_bitmap(matrix)
+    return {":values": bitmap.values, ":bits": bitmap.bits}

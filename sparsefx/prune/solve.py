@@ -17,7 +17,7 @@ from sparsefx.prune.output import row_errors
 from sparsefx.prune.reconstruct import reconstruct
 from sparsefx.prune.rounding import Grid
 from sparsefx.prune.wanda import keep_by_row, wanda_scores
-from sparsefx.quantise import rounded, scales_of
+from sparsefx.quantise import rounded
 
 Statistics = Mapping[str, Statistic]
 
@@ -62,7 +62,7 @@ def _coded(weight: Tensor, solved: Solved, pattern: Pattern, statistics: Statist
         return rounded(kept, pattern.values, tile).float()
     # Least squares has arrived where rounding moves away from; other updates are made once more.
     start = solved.weight if isinstance(criterion, Reconstruct) else weight.float()
-    grid = Grid(scales_of(kept, pattern.values, tile), pattern.values, tile)
+    grid = Grid.fitted(kept, pattern.values, tile)
     return sparsegpt.update(start, solved.keep, _gram(statistics, criterion), options, grid)
 
 
