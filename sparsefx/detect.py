@@ -17,6 +17,7 @@ from sparsefx.spec import NM, Block, Pattern, Unstructured
 
 BLOCK_SIZES = (128, 64, 32, 16)
 RUN = 16  # blocks of one row, as GQSA prunes them (arXiv 2412.17560)
+BLOCK_SHAPES = (*((size, size) for size in BLOCK_SIZES), (1, RUN))
 MINIMUM_SPARSITY = 0.25
 VALUE_BITS = 16
 _COLUMN_BITS = 32  # of a stored block
@@ -137,8 +138,8 @@ def _add_blocks(count: ZeroCount, occupied: Tensor) -> None:
 def _structured_costs(count: ZeroCount) -> dict[Pattern, float]:
     """Bits per dense element of every N:M and block pattern that holds."""
     costs: dict[Pattern, float] = {}
-    shapes = {(size, size): count.zero_blocks.get(size, (0, 0)) for size in BLOCK_SIZES}
-    for (rows, cols), (zero, blocks) in {**shapes, (1, RUN): count.zero_runs}.items():
+    counts = {(size, size): count.zero_blocks.get(size, (0, 0)) for size in BLOCK_SIZES}
+    for (rows, cols), (zero, blocks) in {**counts, (1, RUN): count.zero_runs}.items():
         share = min(zero, blocks - 1) / max(1, blocks)
         if share > 0:
             bits = VALUE_BITS + _COLUMN_BITS / (rows * cols)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -20,12 +20,14 @@ from sparsefx.errors import (
     SparseFXError,
     UnknownOption,
 )
-from sparsefx.formats import pack_bitmap, pack_nm
+from sparsefx.formats import pack_bitmap, pack_block, pack_nm
+from sparsefx.packing import Packing
 from sparsefx.patterns import NM, Block, Columns, Pattern, Rows, Unstructured
 from sparsefx.prune.allocation.costs import cost, kept
 from sparsefx.prune.allocation.layers import Layer, share_of
 from sparsefx.prune.allocation.owl import LEAST_DENSITY, outlier_share, owl, owl_nm
 from sparsefx.prune.allocation.proportional import by_score, er, erk, uniform
+from sparsefx.quantise import rounded
 
 LAYERS = (
     Layer("stem", "0", (32, 3, 3, 3)),
@@ -289,8 +291,17 @@ PATTERNS = [
     Unstructured(0.5),
     Unstructured(0.77),
     Block(8, 4, 0.6),
+    Block(16, 16, 0.6),
+    Block(1, 16, 0.8),
     Rows(0.3),
     Columns(0.4),
+]
+CODED = [
+    NM(2, 4, values="int4", group=32),
+    NM(3, 16, values="int8"),
+    Unstructured(0.5, values="fp8"),
+    Block(1, 16, 0.5, values="int4"),
+    Block(8, 4, 0.6, values="int8"),
 ]
 
 
@@ -299,15 +310,32 @@ PATTERNS = [
 def test_bytes_and_parameters_are_those_of_the_packed_weight(
     pattern: Pattern, dtype: torch.dtype
 ) -> None:
-    layer = Layer("w", "", (24, 80), dtype)
-    weight = random(24, 80).to(dtype)
+    layer = Layer("w", "", (48, 80), dtype)
+    weight = random(48, 80).to(dtype)
     weight = weight * pattern.keep(weight.abs().float())
     packed: tuple[Tensor, ...] = tuple(pack_bitmap(weight))
     if isinstance(pattern, NM) and pattern.m in (4, 8, 16):
         packed = tuple(pack_nm(weight, pattern.n, pattern.m))
+    if isinstance(pattern, Block) and pattern.cols == 16:
+        packed = tuple(pack_block(weight, pattern.rows, pattern.cols))
     assert kept(pattern, layer) == cost(pattern, layer, "parameters") == int((weight != 0).sum())
     size = sum(part.numel() * part.element_size() for part in packed)
     assert cost(pattern, layer, "bytes") == size < weight.numel() * dtype.itemsize
+
+
+@pytest.mark.parametrize("pattern", CODED, ids=str)
+def test_bytes_of_codes_are_those_of_the_packed_weight(pattern: Pattern) -> None:
+    layer, weight = Layer("w", "", (48, 80), torch.bfloat16), random(48, 80)
+    weight = (weight + weight.sign() * 9).bfloat16()  # no code of such weights is 0
+    weight = weight * pattern.keep(weight.abs().float())
+    weight = rounded(weight, pattern.values, pattern.tile(80))
+    packed = Packing.of(pattern).pack(weight)
+    size = sum(part.nbytes for part in packed)
+    assert (
+        cost(pattern, layer, "bytes")
+        == size
+        < cost(replace(pattern, values="", group=0), layer, "bytes")
+    )
 
 
 @pytest.mark.parametrize("pattern", [None, NM(15, 16), Unstructured(0.2)], ids=str)

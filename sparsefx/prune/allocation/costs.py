@@ -1,8 +1,9 @@
 """What a pattern costs on a layer: parameters kept, bytes stored, or predicted nanoseconds.
 
-A weight is stored as the compiler would: N:M as values and indices where m is 4, 8 or 16, other
-patterns as a bitmap, and dense where zeros are too few or the packed form is no smaller. Time is
-the roofline's, and never above dense: a node whose sparse form is slower stays dense.
+A weight is stored as the compiler would: N:M as values and indices where m is 4, 8 or 16, blocks as
+blocks or as a bitmap, other patterns as a bitmap, with codes where the pattern says so, and dense
+where zeros are too few or the packed form is no smaller. Time is the roofline's, and never above
+dense: a node whose sparse form is slower stays dense.
 """
 
 import math
@@ -10,10 +11,10 @@ import math
 from sympy import Rational
 
 from sparsefx.cost import linear_cost, weight_bytes
-from sparsefx.detect import MINIMUM_SPARSITY
+from sparsefx.detect import BLOCK_SHAPES, MINIMUM_SPARSITY
 from sparsefx.devices import Device
 from sparsefx.errors import UnknownOption
-from sparsefx.formats import NM_GROUPS
+from sparsefx.packing import Packing
 from sparsefx.patterns import NM, Block, Columns, Pattern, Rows
 from sparsefx.prune.allocation.layers import Layer
 
@@ -36,11 +37,11 @@ def cost(
         case "parameters":
             return kept(pattern, layer)
         case "bytes":
-            return min(_bytes(layout, pattern, layer) for layout in _layouts(pattern))
+            return min(_bytes(packing, pattern, layer) for packing in _packings(pattern))
         case "time" if device is not None:
             is_linear = len(layer.shape) == 2 and layer.parts == 1
-            layouts = _layouts(pattern) if is_linear else ("dense",)
-            return min(_nanoseconds(layout, pattern, layer, device, rows) for layout in layouts)
+            packings = _packings(pattern) if is_linear else (_DENSE,)
+            return min(_nanoseconds(each, pattern, layer, device, rows) for each in packings)
         case _:
             known = "parameters, bytes, or time with a device"
             raise UnknownOption(option="budget", value=budget, known=known)
@@ -73,30 +74,54 @@ def _whole_units(sparsity: float, units: int, size: int) -> int:
     return (units - int(sparsity * units)) * size
 
 
-def _layouts(pattern: Pattern | None) -> tuple[str, ...]:
+_DENSE = Packing("dense")
+
+
+def _packings(pattern: Pattern | None) -> tuple[Packing, ...]:
     """How the compiler might store it; the cheaper one is taken."""
     if pattern is None or pattern.sparsity < MINIMUM_SPARSITY:
-        return ("dense",)
-    return ("dense", "nm" if isinstance(pattern, NM) and pattern.m in NM_GROUPS else "bitmap")
+        return (_DENSE,)
+    packing = Packing.of(pattern)
+    if packing.layout != "block":
+        return _DENSE, packing
+    is_found = packing.values or packing.block in BLOCK_SHAPES
+    return _DENSE, packing.as_bitmap(), *((packing,) if is_found else ())
 
 
-def _numbers(pattern: Pattern | None, layer: Layer) -> tuple[int, int, Rational]:
+def _numbers(pattern: Pattern | None, packing: Packing, layer: Layer) -> tuple[int, int, Rational]:
     """n, m and density, as cost.py wants them."""
-    n, m = (pattern.n, pattern.m) if isinstance(pattern, NM) else (0, 1)
-    return n, m, Rational(kept(pattern, layer), layer.numel)
+    return packing.n, packing.m or 1, Rational(kept(pattern, layer), layer.numel)
 
 
-def _bytes(layout: str, pattern: Pattern | None, layer: Layer) -> int:
+def _bytes(packing: Packing, pattern: Pattern | None, layer: Layer) -> int:
     # Rows run along the input channels, one for each output and tap of a convolution.
     channels = layer.shape[1]
     sizes = (layer.numel // channels, channels)
-    return int(weight_bytes(layout, *sizes, *_numbers(pattern, layer), layer.dtype))
+    size = weight_bytes(
+        packing.layout,
+        *sizes,
+        *_numbers(pattern, packing, layer),
+        layer.dtype,
+        block=packing.block,
+        values=packing.values,
+        group=packing.group,
+    )
+    return math.ceil(size)
 
 
 def _nanoseconds(
-    layout: str, pattern: Pattern | None, layer: Layer, device: Device, rows: int
+    packing: Packing, pattern: Pattern | None, layer: Layer, device: Device, rows: int
 ) -> int:
     outputs = layer.parts * layer.shape[0]
-    sizes = (outputs, layer.numel // outputs)
-    work = linear_cost(layout, *sizes, rows, *_numbers(pattern, layer), layer.dtype)
+    work = linear_cost(
+        packing.layout,
+        outputs,
+        layer.numel // outputs,
+        rows,
+        *_numbers(pattern, packing, layer),
+        layer.dtype,
+        block=packing.block,
+        values=packing.values,
+        group=packing.group,
+    )
     return math.ceil(work.seconds(device) * 1e9)
