@@ -8,7 +8,7 @@ dense: a node whose sparse form is slower stays dense.
 
 import math
 
-from sympy import Rational
+from sympy import Rational, ceiling
 
 from sparsefx.cost import linear_cost, weight_bytes
 from sparsefx.detect import BLOCK_SHAPES, MINIMUM_SPARSITY
@@ -106,7 +106,7 @@ def _bytes(packing: Packing, pattern: Pattern | None, layer: Layer) -> int:
         values=packing.values,
         group=packing.group,
     )
-    return math.ceil(size)
+    return int(ceiling(size))
 
 
 def _nanoseconds(
