@@ -37,8 +37,11 @@ def main() -> None:
     """Exports, times, prints a table, and writes JSON if told to."""
     options = _options()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        sessions = _sessions(Path(folder), options)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "int8.onnx").exists():
+            _write(folder, options)
+        sessions = _sessions(folder, options.threads)
         inputs = {
             "input_ids": np.random.default_rng(0).integers(
                 1, 30000, (options.batch, options.tokens)
@@ -56,7 +59,7 @@ def main() -> None:
     for row in results:
         print(f"{row['name']:28}{row['ms']:8.2f}{row['ratio']:24.2f}")
     if options.json:
-        record.write(options.json, vars(options) | {"json": str(options.json)}, results)
+        record.write(options.json, _named(options), results)
 
 
 def _options() -> argparse.Namespace:
@@ -67,11 +70,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--folder", type=Path, help="keep the files here, or time those that are")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also keep the results here")
     return parser.parse_args()
 
 
-def _sessions(folder: Path, options: argparse.Namespace) -> dict[str, onnxruntime.InferenceSession]:
+def _named(options: argparse.Namespace) -> dict[str, object]:
+    """The options without the paths of this machine."""
+    return {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
+
+
+def _write(folder: Path, options: argparse.Namespace) -> None:
+    """sparse.onnx and kernels.so, dense.onnx, int8.onnx."""
+    folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger().setLevel(logging.ERROR)  # quantize_dynamic advises on every run
     sparse, dense = folder / "sparse.onnx", folder / "dense.onnx"
     model = _model(options.layers)
@@ -89,11 +100,14 @@ def _sessions(folder: Path, options: argparse.Namespace) -> dict[str, onnxruntim
         per_channel=True,
         weight_type=QuantType.QInt8,
     )
+
+
+def _sessions(folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:
     return {
-        "sparse file, library": _session(sparse, options.threads, folder / "kernels.so"),
-        "sparse file, stock": _session(sparse, options.threads),
-        "dense file fp32, stock": _session(dense, options.threads),
-        "int8 dynamic, stock": _session(folder / "int8.onnx", options.threads),
+        "sparse file, library": _session(folder / "sparse.onnx", threads, folder / "kernels.so"),
+        "sparse file, stock": _session(folder / "sparse.onnx", threads),
+        "dense file fp32, stock": _session(folder / "dense.onnx", threads),
+        "int8 dynamic, stock": _session(folder / "int8.onnx", threads),
     }
 
 
