@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from sparsefx.attributes import get_tensor
 from sparsefx.candidates import rows_of
+from sparsefx.dense_weights import Stack
 from sparsefx.packing import PARTS, Packing
 from sparsefx.pipeline import PassContext
 from sparsefx.target import LinearSpec
@@ -136,9 +137,7 @@ class PackedNode:
         """Its weight stored as `packing` says, made once a model."""
         if packing == self.packing:
             return self.packed
-        name, transposed = self.weight
-        weights = self.ctx.weights
-        return weights.packed(self.ctx.dense[name], transposed, repr(packing), packing.pack)
+        return packed_stack(self.ctx, self.ctx.dense.stack(*self.weight), packing)
 
     def spec(self, packing: Packing) -> LinearSpec:
         """What kernels may know of it, stored as `packing` says."""
@@ -173,3 +172,12 @@ class PackedNode:
                 "that"
             )
         return None
+
+
+def packed_stack(ctx: PassContext, stack: Stack, packing: Packing) -> tuple[Tensor, ...]:
+    """A stack of weights stored as `packing` says, made once a model."""
+    return ctx.weights.together(
+        stack.stored(ctx.dense),
+        f"{packing!r}{stack.order}",
+        lambda: packing.pack(stack.dense(ctx.dense).contiguous()),
+    )

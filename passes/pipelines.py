@@ -13,9 +13,11 @@ from sparsefx.passes.detect import Detect
 from sparsefx.passes.fold_masks import FoldMasks
 from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.passes.fuse_epilogue import FuseEpilogue
+from sparsefx.passes.fuse_gated_mlp import FuseGatedMLP
 from sparsefx.passes.insert_masks import InsertMasks
 from sparsefx.passes.lower import Judge, Lower
 from sparsefx.passes.lower_attention import AttentionJudge, LowerAttention
+from sparsefx.passes.merge_projections import MergeProjections
 from sparsefx.passes.pack_bitmap import PackBitmap
 from sparsefx.passes.pack_block import PackBlock
 from sparsefx.passes.pack_nm import PackNM
@@ -48,11 +50,18 @@ def inference(
     patterns: Mapping[str, Pattern] = _NOTHING,
 ) -> tuple[Pass, ...]:
     """For torch.compile without gradients: down to kernels; patterns: as `Detect` takes them."""
+    lower = Lower(target, judges.linear, judges.proof, judges.costs)
     return (
         *packing(wanted, patterns),
+        *stacking(lower),
         LowerAttention(target, judges.attention, judges.proof),
-        Lower(target, judges.linear, judges.proof, judges.costs),
+        lower,
     )
+
+
+def stacking(lower: Lower) -> tuple[Pass, ...]:
+    """Fewer calls of larger kernels. Not for export: an ONNX file keeps the layers of the model."""
+    return (FuseGatedMLP(lower), MergeProjections(lower))
 
 
 def packing(
@@ -84,7 +93,9 @@ def training(trained: frozenset[str], wanted: Wanted = DENSE) -> tuple[Pass, ...
 def check_skipped() -> None:
     """Raises InvalidSetting if SPARSEFX_SKIP names a pass that there is not."""
     attention = (FuseAttention.name, ThresholdSoftmax.name, LowerAttention.name)
-    known = (ApplyRecipe.name, *(each.name for each in packing()), *attention, Lower.name)
+    fused = (FuseGatedMLP.name, MergeProjections.name)
+    packed = (each.name for each in packing())
+    known = (ApplyRecipe.name, *packed, *fused, *attention, Lower.name)
     for name in sorted(debug.settings().skip):
         if name not in known:
             raise InvalidSetting(variable="SPARSEFX_SKIP", value=name, known=", ".join(known))

@@ -1,6 +1,9 @@
-"""How the packing passes put a packed linear into the graph: one call of the layout's operator."""
+"""How passes put a packed linear into the graph: one call of the layout's operator."""
 
-from torch import fx
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
 
 from sparsefx.masked import MaskedLinear
 from sparsefx.ops import LAYOUT_OPS
@@ -10,22 +13,46 @@ from sparsefx.rewrite import Site
 
 
 def store(ctx: PassContext, site: Site, linear: MaskedLinear, packing: Packing) -> fx.Node:
-    """The packed operator in place of `linear`, its weight stored as `packing` says, once a model.
-
-    Its meta keeps `packing` ("sparsefx_packing") and where the dense weight is ("sparsefx_weight":
-    its name, and whether it is stored [in, out]).
-    """
+    """A packed operator in place of `linear`; its weight is packed once a model."""
     parts = ctx.weights.packed(linear.weight, linear.transposed, repr(packing), packing.pack)
-    stored = [
-        site.constant(f"{linear.w.target}_{name}", part)
-        for name, part in zip(packing.parts, parts, strict=True)
-    ]
-    scales = stored.pop() if packing.values else None
-    numbers = {"nm": (packing.n, packing.m), "block": packing.block}.get(packing.layout, ())
-    op = LAYOUT_OPS[packing.layout]
-    node = site.call(op, linear.x, *stored, linear.bias, *numbers, "", [])
-    if scales is not None:
-        node.kwargs = {"scales": scales, "kind": packing.values, "group": packing.group}
-    node.meta["sparsefx_weight"] = (str(linear.w.target), linear.transposed)
-    node.meta["sparsefx_packing"] = packing
-    return node
+    weight = PackedWeight((str(linear.w.target), linear.transposed), packing, parts)
+    return weight.call(site, linear.x, linear.bias)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as a graph stores it: `tensors` as `packing` says.
+
+    `dense`: the name of the dense weight, and whether that is stored [in, out].
+    """
+
+    dense: tuple[str, bool]
+    packing: Packing
+    tensors: tuple[Tensor, ...]
+
+    def call(
+        self,
+        site: Site,
+        x: fx.Node,
+        bias: fx.Node | None,
+        epilogue: str = "",
+        extras: Sequence[fx.Node] = (),
+    ) -> fx.Node:
+        """The packed operator before the site's root.
+
+        Its meta keeps the packing ("sparsefx_packing") and the dense weight ("sparsefx_weight").
+        """
+        packing = self.packing
+        stored = [
+            site.constant(f"{self.dense[0]}_{name}", part)
+            for name, part in zip(packing.parts, self.tensors, strict=True)
+        ]
+        scales = stored.pop() if packing.values else None
+        numbers = {"nm": (packing.n, packing.m), "block": packing.block}.get(packing.layout, ())
+        op = LAYOUT_OPS[packing.layout]
+        node = site.call(op, x, *stored, bias, *numbers, epilogue, list(extras))
+        if scales is not None:
+            node.kwargs = {"scales": scales, "kind": packing.values, "group": packing.group}
+        node.meta["sparsefx_weight"] = self.dense
+        node.meta["sparsefx_packing"] = packing
+        return node

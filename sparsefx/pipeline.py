@@ -11,9 +11,11 @@ from torch import Tensor, fx
 from sparsefx import debug, dump
 from sparsefx.attention.operators import ATTENTION_OPS
 from sparsefx.attributes import get_tensor, is_graph, remove_unused
+from sparsefx.dense_weights import DenseWeights
 from sparsefx.errors import InvalidGraph
 from sparsefx.ops import MASKED_OPS, PACKED_OPS
 from sparsefx.report import Row
+from sparsefx.report_rows import shared
 from sparsefx.weights import WeightMemo
 
 # stage -> dialect operators that may appear in it; a model may bring packed linears of its own
@@ -34,24 +36,28 @@ class PassContext:
     graph: number of this graph; rows: candidate key -> its row of the report; weights: what is
     known of the model's weights, shared by all its graphs; dense: name -> the original weights;
     baked: names of the weights whose present values went into the graph; seconds: pass name -> time
-    spent.
+    spent. merged: the row of a node that computes several candidates -> their rows, each with its
+    share of the node's times and bytes.
     """
 
     weights: WeightMemo = field(default_factory=WeightMemo)
     graph: int = 0
     rows: dict[str, Row] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
+    dense: DenseWeights = field(default_factory=DenseWeights)
     baked: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def row(self, node: fx.Node) -> Row:
         """The report row of the candidate that `node` is, or replaced."""
         return self.rows[node.meta["sparsefx_row"]]
 
     def update(self, node: fx.Node, **changes: object) -> None:
-        """Changes fields of the candidate's row."""
+        """Changes fields of the candidate's row; of a merged node's rows, each by its share."""
         key = node.meta["sparsefx_row"]
-        self.rows[key] = replace(self.rows[key], **changes)  # type: ignore[arg-type]
+        for each, share in self.merged.get(key, {key: 1.0}).items():
+            fields = shared(changes, share)
+            self.rows[each] = replace(self.rows[each], **fields)  # type: ignore[arg-type]
 
     def decline(self, node: fx.Node, reason: str) -> None:
         """Notes why a candidate stays as it is; nodes that are no candidates are ignored."""

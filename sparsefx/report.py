@@ -13,7 +13,10 @@ from sparsefx.report_rows import total
 
 _VERSION = 3  # of the JSON form
 # version -> fields that a row has since then
-_SINCE = {2: {"skipped", "lost_mass", "crossover", "thresholds"}, 3: {"by_rows", "kept_bytes"}}
+_SINCE = {
+    2: {"skipped", "lost_mass", "crossover", "thresholds"},
+    3: {"by_rows", "kept_bytes", "merged"},
+}
 
 
 @dataclass

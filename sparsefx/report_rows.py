@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 HOW = ("measured", "modelled", "")
@@ -23,7 +23,8 @@ class Row:
     by_rows: where a table in the graph chooses by the rows of each call: who runs which, e.g.
     "cpp_nm_linear 1..32, dense 33..", the times being those at the rows of `shape`; else "".
     bytes: dense and stored bytes of the weight, and those that the compiled model keeps in memory:
-    dense and packed, or packed alone (memory="small").
+    dense and packed, or packed alone (memory="small"). merged: the other layers that the same call
+    computes, e.g. "k_proj, v_proj"; times and bytes but the dense are then this one's share.
 
     Of an attention: error: relative output error of the layer, |O - dense| / |dense| in the 2-norm,
     on the calibration data; skipped: share of tiles (or elements) that these data skipped in this
@@ -51,6 +52,7 @@ class Row:
     thresholds: str = ""
     by_rows: str = ""
     kept_bytes: int = 0
+    merged: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -151,6 +153,17 @@ def total(rows: Sequence[Row]) -> Totals:
 def stored_bytes(row: Row) -> int:
     """Bytes that the weight takes now; a row that does not say so keeps its dense bytes."""
     return row.stored_bytes or row.dense_bytes
+
+
+def shared(changes: Mapping[str, object], share: float) -> dict[str, object]:
+    """New fields of a row whose layer is a `share` of a call: its part of the times and bytes."""
+    parts = dict(changes)
+    for name, value in changes.items():
+        if name in ("dense_us", "sparse_us") and isinstance(value, float):
+            parts[name] = value * share
+        if name in ("stored_bytes", "kept_bytes") and isinstance(value, int):
+            parts[name] = round(value * share)
+    return parts
 
 
 def _counts(words: Iterable[str]) -> tuple[tuple[str, int], ...]:

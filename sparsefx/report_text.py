@@ -151,7 +151,10 @@ def _attention_cells(row: Row, frame: _Frame) -> dict[str, str]:
 
 
 def _runs(row: Row, frame: _Frame) -> str:
-    return words.printable(row.by_rows or row.kernel) or f"dense [{frame.numbers[row.reason]}]"
+    if not row.kernel:
+        return f"dense [{frame.numbers[row.reason]}]"
+    runs = row.by_rows or row.kernel
+    return words.printable(f"{runs} with {row.merged}" if row.merged else runs)
 
 
 def _times(row: Row) -> dict[str, str]:

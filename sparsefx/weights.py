@@ -1,6 +1,6 @@
 """What is known of a model's weights, found once and shared by all its graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +12,10 @@ from sparsefx.values import with_values
 Version = tuple[int, int]
 """In-place changes counted by torch, and address."""
 
+Stored = tuple[Tensor, bool]
+"""A weight, and whether it is stored [in, out]."""
+_Key = tuple[tuple[tuple[int, Version, bool], ...], str]
+
 
 @dataclass
 class WeightMemo:
@@ -22,7 +26,7 @@ class WeightMemo:
     """
 
     _found: "dict[tuple[int, Version, bool], tuple[Tensor, Found]]" = field(default_factory=dict)
-    _packed: "dict[tuple[int, Version, bool, str], tuple[Tensor, tuple[Tensor, ...]]]" = field(
+    _packed: "dict[_Key, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]" = field(
         default_factory=dict
     )
 
@@ -51,12 +55,26 @@ class WeightMemo:
         pack: Callable[[Tensor], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
         """`pack(weight as [out, in])`, made once per weight and layout."""
-        key = (id(weight), version(weight), transposed, layout)
+        stored = weight.detach().t() if transposed else weight.detach()
+        return self.together(((weight, transposed),), layout, lambda: pack(stored.contiguous()))
+
+    def together(
+        self, weights: Sequence[Stored], layout: str, pack: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """`pack()`, made once per sequence of weights that go into it, and layout."""
+        key = _key(weights, layout)
         known = self._packed.get(key)
         if known is None:
-            stored = weight.detach().t() if transposed else weight.detach()
-            known = self._packed[key] = (weight, pack(stored.contiguous()))
+            held = tuple(weight for weight, _ in weights)  # which keeps their ids valid
+            known = self._packed[key] = (held, pack())
         return known[1]
+
+    def release(self, weights: Sequence[Stored], ending: str) -> None:
+        """Lets go of what was packed of these weights, in layouts whose names end so."""
+        sources, _ = _key(weights, "")
+        for key in list(self._packed):
+            if key[0] == sources and key[1].endswith(ending):
+                self._packed.pop(key, None)
 
     def pruned(
         self, weight: Tensor, transposed: bool, how: str, prune: Callable[[], Tensor]
@@ -68,6 +86,10 @@ class WeightMemo:
         """Lets go of all tensors: those of changed weights would never be asked for again."""
         self._found.clear()
         self._packed.clear()
+
+
+def _key(weights: Sequence[Stored], layout: str) -> _Key:
+    return tuple((id(weight), version(weight), turned) for weight, turned in weights), layout
 
 
 def version(tensor: Tensor) -> Version:

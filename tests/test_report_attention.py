@@ -129,8 +129,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 NEW = {
-    1: ("skipped", "lost_mass", "crossover", "thresholds", "by_rows", "kept_bytes"),
-    2: ("by_rows", "kept_bytes"),
+    1: ("skipped", "lost_mass", "crossover", "thresholds", "by_rows", "kept_bytes", "merged"),
+    2: ("by_rows", "kept_bytes", "merged"),
 }
 
 
