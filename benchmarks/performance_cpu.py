@@ -69,11 +69,11 @@ def _best(figures: Figures, goal: Goal, rows: int) -> Line | None:
 def _bound(line: Line) -> tuple[str, str]:
     share = f"{line['fraction']:.0%}"
     cached, taken = line["in_cache_us"], line["sparse_us"]
-    if line["fraction"] >= NEAR:
-        return share, f"{line['bound']}"
-    if cached and cached > 0.75 * taken:
-        return share, f"instructions: {cached:.0f} us with weights in cache"
-    return share, f"memory, not at full speed: {cached or 0:.0f} us with weights in cache"
+    if line["fraction"] >= NEAR or not cached:
+        return share, line["bound"]
+    if cached > 0.8 * taken:
+        return share, "instructions: no faster with weights in cache"
+    return share, f"instructions and memory: {cached:.0f} us with weights in cache"
 
 
 def _speeds(figures: Figures) -> str:
