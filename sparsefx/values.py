@@ -28,20 +28,25 @@ def with_values(found: Found, weight: Tensor, hint: Pattern | None = None) -> Fo
     """`found` in `weight` [out, in], its pattern's values and group as the weight has them.
 
     hint: what is said to have been made of the weight; it is tried first, and where its codes hold
-    its zeros are taken for its pattern, of which codes that are 0 may have left too few.
+    its zeros are taken for its pattern, of which codes that are 0 may have left too few. Codes that
+    are said to be there pay without any zeros: a bitmap of them is smaller than the dense weight.
     """
-    for pattern in () if found.pattern is None else _tries(found.pattern, weight, hint):
+    for pattern in _tries(found.pattern, weight, hint):
         scales = recovered_scales(weight, pattern.values, pattern.tile(weight.shape[1]))
         if scales is not None:
-            return replace(found, pattern=pattern)
+            return replace(found, pattern=pattern, reason="")
     return found
 
 
-def _tries(pattern: Pattern, weight: Tensor, hint: Pattern | None) -> Iterator[Pattern]:
+def _tries(pattern: Pattern | None, weight: Tensor, hint: Pattern | None) -> Iterator[Pattern]:
+    if not weight.numel() or (pattern is None and (hint is None or not hint.values)):
+        return
     zeros = 1 - max(1, int(torch.count_nonzero(weight))) / weight.numel()
-    rows = Unstructured(zeros) if isinstance(pattern, Block) else pattern
+    rows = Unstructured(zeros) if pattern is None or isinstance(pattern, Block) else pattern
     if hint is not None and hint.values:
         yield replace(_held(hint, weight) or rows, values=hint.values, group=hint.group)
+    if pattern is None:
+        return
     if isinstance(pattern, Block):
         yield from (replace(pattern, values=kind) for kind in _OF_BLOCKS)
     yield from (replace(rows, values=kind, group=group) for kind, group in _OF_ROWS)

@@ -74,6 +74,19 @@ def test_what_sparsify_rounds_is_found_in_the_weight(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_codes_that_were_asked_for_need_no_zeros(kind: str) -> None:
+    asked = Unstructured(0, values=kind)
+    weight = pruned(asked, torch.float32).weight.detach()
+    found = with_values(tightest(weight), weight, asked)
+    assert found.pattern is not None and not found.reason
+    packing = Packing.of(found.pattern)
+    assert (packing.layout, packing.values) == ("bitmap", kind)
+    assert torch.equal(packing.unpack(packing.pack(weight), weight.shape[1]), weight)
+    unasked = with_values(tightest(weight), weight)
+    assert unasked.pattern is None and "needs at least 25 %" in unasked.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6), Block(1, 16, 0.6)], ids=str)
 def test_no_hint_is_needed_where_the_group_is_a_usual_one(pattern: Pattern, kind: str) -> None:
     asked = replace(pattern, values=kind)
