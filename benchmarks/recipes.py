@@ -26,23 +26,21 @@ from benchmarks import model as models
 from benchmarks import record
 from benchmarks.prune import evaluation_windows, perplexities
 from examples.real_models import evaluation_tokens, smollm2, wikipedia_text
-from sparsefx import NM, Knapsack, Recipe, SparseGPT, Unstructured
-from sparsefx.patterns import Pattern
+from sparsefx import Knapsack, Recipe, SparseGPT, Unstructured
 from sparsefx.report_rows import stored_bytes
 
 LIMIT = 1.1
 LENGTH = 512  # tokens of a calibration sequence
 BLOCKS, HEAD = "model.layers.*", "lm_head.weight"
-MLPS, ATTENTION = "*.mlp.*", "*.self_attn.*"
 
 
-def half(share: float, values: str = "", group: int = 0) -> Unstructured:
-    """A share of zeros anywhere by SparseGPT; 0 rounds only."""
-    return Unstructured(share, SparseGPT(), values=values, group=group)
+def pruned(share: float, values: str = "") -> Unstructured:
+    """A share of zeros anywhere, by SparseGPT."""
+    return Unstructured(share, SparseGPT(), values=values)
 
 
-INT8, INT4 = half(0, "int8"), half(0, "int4", 32)
-MIXED: tuple[Pattern, ...] = (half(0.3, "int8"), half(0.5, "int8"), INT4)
+INT8, DYNAMIC = Unstructured(0, values="int8"), Unstructured(0, values="int8_dynamic")
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
@@ -59,35 +57,30 @@ class Candidate:
 
 RECIPES = {
     "dense": Candidate("nothing", None),
+    "zeros-20": Candidate("20 % zeros, float32", Recipe({BLOCKS: pruned(0.2)})),
     "int8": Candidate("int8 weights, no zeros; the head too", Recipe({HEAD: INT8, BLOCKS: INT8})),
-    "int8-blocks": Candidate("int8 weights, no zeros, the head in float32", Recipe({BLOCKS: INT8})),
     "int8-dynamic": Candidate(
-        "int8 weights and inputs, no zeros; the head int8 too",
-        Recipe({HEAD: half(0, "int8_dynamic"), BLOCKS: half(0, "int8_dynamic")}),
+        "int8 weights and inputs, no zeros; the head too",
+        Recipe({HEAD: DYNAMIC, BLOCKS: DYNAMIC}),
         is_dynamic=True,
     ),
-    "int8-20": Candidate(
-        "int8 weights, 20 % zeros; the head int8", Recipe({HEAD: INT8, BLOCKS: half(0.2, "int8")})
+    "int8-dynamic-20": Candidate(
+        "int8 weights and inputs, 20 % zeros; the head int8, dense",
+        Recipe({HEAD: DYNAMIC, BLOCKS: pruned(0.2, "int8_dynamic")}),
+        is_dynamic=True,
     ),
-    "int8-30-knapsack": Candidate(
-        "int8 weights, 30 % zeros spread by expected loss; the head int8",
+    "int8-dynamic-30": Candidate(
+        "int8 weights and inputs, 30 % zeros; the head int8, dense",
+        Recipe({HEAD: DYNAMIC, BLOCKS: pruned(0.3, "int8_dynamic")}),
+        is_dynamic=True,
+    ),
+    "int8-dynamic-30-knapsack": Candidate(
+        "the same, the zeros spread by expected loss",
         Recipe(
-            {HEAD: INT8, BLOCKS: half(0.3, "int8")},
-            allocation=Knapsack((INT8, *(half(share, "int8") for share in (0.2, 0.3, 0.4, 0.5)))),
+            {HEAD: DYNAMIC, BLOCKS: pruned(0.3, "int8_dynamic")},
+            allocation=Knapsack(tuple(pruned(each, "int8_dynamic") for each in SHARES)),
         ),
-    ),
-    "int4": Candidate(
-        "int4 weights, a scale for each 32, no zeros; the head int8",
-        Recipe({HEAD: INT8, BLOCKS: INT4}),
-    ),
-    "int4-mlp": Candidate(
-        "int4 weights in the MLPs, int8 in attention and the head",
-        Recipe({HEAD: INT8, MLPS: INT4, ATTENTION: INT8}),
-    ),
-    "zeros-20": Candidate("20 % zeros, float32", Recipe({BLOCKS: half(0.2)})),
-    "2:4-late-mlp": Candidate(
-        "2:4 in the MLPs of layers 20 to 29, float32",
-        Recipe({"model.layers.2?.mlp.*": NM(2, 4, SparseGPT())}),
+        is_dynamic=True,
     ),
 }
 
