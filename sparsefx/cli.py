@@ -149,6 +149,12 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--runs", type=_positive, default=30, metavar="N", help="pairs of runs (default: 30)"
     )
+    command.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="also write the tuning results, a .json file for --tuned and sparsefx.compile(tuned=)",
+    )
 
 
 def _add_command(
@@ -184,6 +190,12 @@ def _add_compile_options(command: argparse.ArgumentParser) -> None:
         default=GUARDS[0],
         help="how a kernel must win against dense: timed here (measure, default), by the roofline "
         "(model), or not at all (off)",
+    )
+    command.add_argument(
+        "--tuned",
+        type=Path,
+        metavar="FILE",
+        help="tuning results that bench --save wrote, so that nothing need be timed here",
     )
     _add_input_options(command)
 

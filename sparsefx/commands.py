@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import sparsefx
+from sparsefx import debug, guard, tuned
 from sparsefx.detect import tightest
 from sparsefx.errors import UnreadableInput, UnreadableModel
 from sparsefx.input_files import check_call, load_batches, load_call
@@ -88,6 +89,9 @@ def bench(args: argparse.Namespace) -> None:
     first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
     low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
     print(f"torch.compile {first:.3f} ms, sparsefx {second:.3f} ms, medians of {args.runs} pairs")
+    if args.save is not None:
+        tuned.write(args.save, guard.known(debug.settings().cache))
+        print(f"wrote {args.save}")
     print(f"sparsefx is {middle:.2f}x as fast, quartiles {low:.2f} to {high:.2f}")
 
 
@@ -98,6 +102,7 @@ def _compile(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         recipe=_recipe(args),
         calibration=_calibration(model, args),
         guard=args.guard,
+        tuned=args.tuned,
     )
 
 

@@ -6,6 +6,7 @@ which does the epilogue too, must beat a lower bound of the dense cost. docs/gua
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sparsefx.cost import linear_cost
 from sparsefx.kernel_check import attempt, compare
 from sparsefx.quantise import quantised_rows
 from sparsefx.target import LinearSpec, Lowering
+from sparsefx.tuned import Tuned
 
 # A kernel wins if it takes less than this share of the dense time: the medians of two equal kernels
 # differ by up to some 2 % between runs, and a tie is not worth a generated kernel.
@@ -84,21 +86,23 @@ def measure(
     *,
     device: torch.device | str,
     cache: Path,
+    tuned: Tuned | None = None,
 ) -> Verdict:
     """Times `lowering` against dense F.linear on `device`, in about a tenth of a second.
 
     `weight` [out, in] and `bias` [out] are the dense layer that `lowering` replaces, on `spec.rows`
     rows; where calls may bring others, `ladder.table` asks for several. Each question (spec, kernel
     text, device, versions) is answered once for a `cache` folder; weights whose densities agree to
-    two digits share the answer. Raises KernelRunFailed.
+    two digits share the answer; those in `tuned` come first. Raises KernelRunFailed.
     """
     device = torch.device(device)
     asked, spec = max(1, spec.rows), replace(spec, rows=_runnable_rows(spec, device))
     key = _key(spec, lowering, device)
     known = _known(cache)
     name = json.dumps(key, sort_keys=True)
-    if name not in known:
-        verdict = _recalled(cache, key)
+    if name not in known or (tuned is not None and name not in tuned.asked):
+        shipped = None if tuned is None else _read(tuned.find(key))
+        verdict = shipped or known.get(name) or _read(diskcache.recall(cache / "timings", key))
         if verdict is None:
             verdict = _measured(spec, weight, bias, lowering, device)
             diskcache.remember(cache / "timings", key, asdict(verdict))
@@ -234,8 +238,13 @@ def _known(cache: Path) -> dict[str, Verdict]:
     return {}
 
 
-def _recalled(cache: Path, key: dict[str, str]) -> Verdict | None:
-    found = diskcache.recall(cache / "timings", key)
+def known(cache: Path) -> dict[str, dict[str, object]]:
+    """All verdicts of this process by the JSON text of their question, as `tuned.write` takes."""
+    return {name: asdict(verdict) for name, verdict in _known(cache).items()}
+
+
+def _read(found: Mapping[str, object] | None) -> Verdict | None:
+    """A verdict as it was written; None where a number is missing or is none."""
     if found is None:
         return None
     numbers = (diskcache.number(found.get(name)) for name in ("dense_us", "sparse_us", "bound"))

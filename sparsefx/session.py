@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsefx.report import Report, Row
+from sparsefx.tuned import Tuned
 from sparsefx.weights import WeightMemo
 
 
@@ -33,7 +34,7 @@ class Session:
 
     asked: what the compilation was asked for, as text; graphs of one model that ask for the same
     thing belong together. seen: the weights that its graphs read, as keys, and `names`,
-    by name. globs: the keys of a recipe that the backend was given.
+    by name. globs: the keys of a recipe that the backend was given. tuned: verdicts at hand.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Session:
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     names: set[str] = field(default_factory=set)
     globs: tuple[str, ...] = ()
+    tuned: Tuned | None = None
     _weights: "weakref.ref[WeightMemo] | None" = None
 
     def weights(self) -> WeightMemo:
@@ -73,6 +75,7 @@ class Session:
             "target": self.target,
             "guard": self.guard,
             "graphs": str(len(self.graphs)),
+            **({} if self.tuned is None else {"tuning results": str(self.tuned)}),
             "torch": str(torch.__version__),
             **({"recipe keys that matched nothing": ", ".join(idle)} if idle else {}),
             "seconds in passes": f"{sum(totals.values()):.2f}",
@@ -122,7 +125,9 @@ def _joined(sessions: Sequence[Session]) -> Session | None:
     if len(sessions) < 2:
         return sessions[0] if sessions else None
     first = sessions[0]
-    whole = Session(first.title, first.target, first.guard, first.asked, globs=first.globs)
+    whole = Session(
+        first.title, first.target, first.guard, first.asked, globs=first.globs, tuned=first.tuned
+    )
     for number, graph in enumerate(graph for session in sessions for graph in session.graphs):
         rows = tuple(replace(row, graph=number) for row in graph.rows)
         whole.graphs.append(replace(graph, rows=rows))

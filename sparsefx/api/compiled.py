@@ -1,12 +1,13 @@
 """compile(): a model of the same class that runs its sparse parts on kernels where those win."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
 from sparsefx.annotations import annotations, replace_attention
-from sparsefx.api.plans import Request, check_memory, check_weights, mode_options
+from sparsefx.api.plans import Request, check_memory, check_weights, mode_options, tuned_results
 from sparsefx.api.runnable import runnable
 from sparsefx.api.sparse_model import decide
 from sparsefx.api.target_table import check_device, check_guard, choose_target
@@ -31,6 +32,7 @@ def compile(
     mode: str | None = None,
     dynamic: bool | None = None,
     memory: str = "fast",
+    tuned: str | Path | None = None,
 ) -> M:
     """A model of the same class that runs its sparse linears and attentions on kernels that win.
 
@@ -44,12 +46,13 @@ def compile(
     a kernel accepts. mode, dynamic: as in torch.compile. memory: "fast" keeps packed weights beside
     the dense ones, which run where they are faster; "small" keeps packed weights alone, so that
     memory shrinks once `model` is let go, and unpacks one for a call where no kernel is faster than
-    that: for inference only, its parameters want no gradients.
+    that: for inference only, its parameters want no gradients. tuned: tuning results that
+    `sparsefx bench --save` wrote on such a device, so that nothing is measured here.
 
     Graphs are captured and compiled when they are first called; `explain(result)` tells what became
     of each layer. Call under `torch.no_grad()`: with gradients on nothing is packed. Raises
     UnknownTarget, UnknownOption, DeviceMismatch, TargetUnavailable, NonFiniteWeight,
-    EmptyCalibration and what `sparsify` raises; `model` is unchanged after any of them.
+    EmptyCalibration, InvalidTuning and what `sparsify` raises; `model` is unchanged after any.
     """
     if not isinstance(model, nn.Module):
         raise UnknownOption(option="model", value=model, known="an nn.Module")
@@ -59,13 +62,14 @@ def compile(
     check_device(model, chosen, guard)
     check_weights(model)
     check_memory(memory)
+    results = tuned_results(tuned)
     calibration = check_calibration(calibration)
     wanted = Wanted()
     if recipe is not None:
         model, wanted = decide(model, recipe, calibration, default_tile(chosen.device))
     if memory == "small":
         model = with_packed_weights(model, annotations(model))
-    fast = runnable(model, Request(chosen, guard, mode), wanted, dynamic)
+    fast = runnable(model, Request(chosen, guard, mode, tuned=results), wanted, dynamic)
     if recipe is not None and recipe.attention is not None:
         replace_attention(fast, wanted.thresholds)
     return fast

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +24,18 @@ from sparsefx.passes.lower_attention import AttentionJudge
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.spec import Pattern, Recipe
 from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering, Target
+from sparsefx.tuned import Tuned
 
 
 @dataclass(frozen=True)
 class Request:
-    """How to compile: the target, the guard, torch.compile's mode, and Inductor settings."""
+    """How to compile: target, guard, torch.compile's mode, Inductor settings, verdicts at hand."""
 
     target: Target
     guard: str
     mode: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    tuned: Tuned | None = None
 
 
 def make_plan(
@@ -71,6 +75,15 @@ def mode_options(mode: str | None) -> dict[str, object]:
     return dict(modes[mode])
 
 
+def tuned_results(path: object) -> Tuned | None:
+    """The tuning results of a file, None for none. Raises UnknownOption, InvalidTuning, OSError."""
+    if path is None:
+        return None
+    if not isinstance(path, str | Path):
+        raise UnknownOption(option="tuned", value=path, known="the path of a file")
+    return Tuned.read(path)
+
+
 def check_memory(memory: object) -> None:
     """Raises UnknownOption."""
     if memory not in ("fast", "small"):
@@ -90,7 +103,8 @@ def _judge(request: Request) -> Judge:
     def measured(
         spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering
     ) -> guards.Verdict:
-        return guards.measure(spec, weight, bias, lowering, device=weight.device, cache=cache)
+        measure = partial(guards.measure, cache=cache, tuned=request.tuned)
+        return measure(spec, weight, bias, lowering, device=weight.device)
 
     def modelled(
         spec: LinearSpec, weight: Tensor, bias: Tensor | None, lowering: Lowering

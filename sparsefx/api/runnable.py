@@ -21,7 +21,7 @@ def runnable(model: M, request: Request, wanted: Wanted, dynamic: bool | None = 
     wanted: attentions to make sparse; where no recipe asks for any, the model's annotations hold.
     dynamic: as in torch.compile.
     """
-    session = Session(type(model).__name__, request.target.name, request.guard)
+    session = Session(type(model).__name__, request.target.name, request.guard, tuned=request.tuned)
     decided = annotations(model)
     plan = make_plan(request, wanted.beside(model), patterns=decided, trained=frozenset(decided))
     fast = shell(model)

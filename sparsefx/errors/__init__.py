@@ -36,6 +36,7 @@ from sparsefx.errors.files import CheckpointMismatch as CheckpointMismatch
 from sparsefx.errors.files import CorruptCheckpoint as CorruptCheckpoint
 from sparsefx.errors.files import InvalidReport as InvalidReport
 from sparsefx.errors.files import InvalidSetting as InvalidSetting
+from sparsefx.errors.files import InvalidTuning as InvalidTuning
 from sparsefx.errors.files import MissingPackage as MissingPackage
 from sparsefx.errors.files import UnreadableInput as UnreadableInput
 from sparsefx.errors.files import UnreadableModel as UnreadableModel

@@ -27,6 +27,15 @@ class InvalidReport(SparseFXError, ValueError):
     message = "report {path}: {rule}. Write it again with to_json"
 
 
+class InvalidTuning(SparseFXError, ValueError):
+    """A file of tuning results that cannot be read."""
+
+    message = (
+        "tuning results {path}: {rule}. The file is damaged or hostile; write it again with "
+        "sparsefx bench --save"
+    )
+
+
 class UnreadableModel(SparseFXError, ValueError):
     """A path given to the shell command that holds no model it can read."""
 
