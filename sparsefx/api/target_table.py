@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
 from sparsefx.codegen.cpp.attention.kernels import ATTENTION_KERNELS as CPP_ATTENTION
+from sparsefx.codegen.cuda_library import LIBRARY_KERNELS
 from sparsefx.codegen.triton.attention.decode_kernels import DECODE_KERNELS
 from sparsefx.codegen.triton.attention.kernels import PREFILL_KERNELS
 from sparsefx.codegen.triton.kernels import kernels as triton_kernels
@@ -20,7 +21,8 @@ GUARDS = ("measure", "model", "off")
 @functools.cache
 def targets() -> Mapping[str, Target]:
     """The targets by name. "a100" and its like plan for a GPU that need not be present."""
-    linear, attention = triton_kernels(), (*PREFILL_KERNELS, *DECODE_KERNELS)
+    linear = (*triton_kernels(), *LIBRARY_KERNELS)
+    attention = (*PREFILL_KERNELS, *DECODE_KERNELS)
     planned = {
         name: Target(name, "cuda", linear, name, attention)
         for name in ("a100", "h100", "h200", "l4")
