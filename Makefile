@@ -55,7 +55,7 @@ bench: $(VENV)/.ready-demo ## time kernels and compiled models against dense one
 	$(BIN)/python benchmarks/cpu.py --quick
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/model.py
 
-figures: $(VENV)/.ready-demo ## take all figures of docs/performance.md again (quiet machine, half an hour)
+figures: $(VENV)/.ready-demo ## take all figures of docs/performance.md again (quiet machine, an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/performance.py --measure
 
 performance: $(VENV)/.ready-demo ## write the tables and plots of docs/performance.md from benchmarks/results

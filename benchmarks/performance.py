@@ -1,7 +1,8 @@
 """Rewrites the tables and plots of docs/performance.md from the newest files in benchmarks/results.
 
     python benchmarks/performance.py              or: make performance
-    python benchmarks/performance.py --measure    takes all figures again first: half an hour alone
+    python benchmarks/performance.py --measure    takes all figures again first: an hour, alone
+    python benchmarks/performance.py --measure linears-quick models         these kinds only
 
 What stands between `<!-- name:begin -->` and `<!-- name:end -->` is generated, all other text kept.
 """
@@ -9,6 +10,7 @@ What stands between `<!-- name:begin -->` and `<!-- name:end -->` is generated, 
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,12 +42,15 @@ RUNS = {
 def main(arguments: list[str] | None = None) -> None:
     """Writes the page and its plots."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="run the benchmarks first")
+    parser.add_argument(
+        "--measure", nargs="*", choices=[*RUNS.values()], help="run these benchmarks first (all)"
+    )
     options = parser.parse_args(arguments)
-    if options.measure:
-        measure()
+    failed = [] if options.measure is None else measure(options.measure or list(RUNS.values()))
     for name, text in files(PAGE.read_text(), RESULTS).items():
         write_atomically(PAGE.parent / name, text.encode())
+    if failed:
+        raise SystemExit(f"these failed, their figures are the old ones: {', '.join(failed)}")
 
 
 def files(page: str, results: Path) -> dict[str, str]:
@@ -64,14 +69,18 @@ def filled(page: str, name: str, text: str) -> str:
     return f"{before}{begin}{text.strip()}\n{end}{rest.partition(end)[2]}"
 
 
-def measure() -> None:
-    """Runs every benchmark of the page and keeps its figures."""
+def measure(kinds: Sequence[str]) -> list[str]:
+    """Runs the benchmarks of these kinds and keeps their figures; returns those that failed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     date = datetime.now(UTC).date().isoformat()
+    failed = []
     for (script, *flags), kind in RUNS.items():
-        target = RESULTS / f"{kind}-{device}-{date}.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
-        subprocess.run([*command, "--json", str(target)], check=True)
+        if kind in kinds:
+            target = RESULTS / f"{kind}-{device}-{date}.json"
+            command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
+            done = subprocess.run([*command, "--json", str(target)], check=False)
+            failed += [kind] * bool(done.returncode)
+    return failed
 
 
 if __name__ == "__main__":
