@@ -19,9 +19,9 @@ FEWEST, MOST = 3, 40  # rounds
 TURN = 1e-3  # s that the timed calls of a turn take at least, if CALLS suffice
 CALLS = 8
 SLOW = 5e-3  # s: a call beyond it has no untimed one before it
-# Threads of OpenMP and of onnxruntime go on spinning for a while after their last work, and would
-# take a core from the side whose turn is next.
-PAUSE = 2e-3
+# Threads of OpenMP spin for some 5 ms after their last work, those of onnxruntime for 30 ms, and
+# would take a core from the side whose turn is next. The kernel counts their time in ticks of 4 ms.
+PAUSE, PAUSES = 5e-3, 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def in_turns(
     for side in sides:
         next(turns[side.name])()  # compiles, takes memory
     guess = {side.name: clock(next(turns[side.name])) for side in sides}
-    total = sum(max(TURN, taken) + PAUSE for taken in guess.values())
+    total = sum(max(TURN, taken) + 2 * PAUSE for taken in guess.values())
     rounds = max(fewest, min(int(seconds / total), MOST))
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
@@ -79,11 +79,20 @@ def in_turns(
 
 def _turn(calls: "itertools.cycle[Call]", guess: float, clock: Clock) -> float:
     """Mean of a few calls, after one that wakes the threads."""
-    time.sleep(PAUSE)
+    _settle()
     if guess < SLOW:
         next(calls)()
     count = min(max(1, round(TURN / max(guess, 1e-9))), CALLS)
     return statistics.fmean(clock(next(calls)) for _ in range(count))
+
+
+def _settle() -> None:
+    """Waits until no thread of this process is running."""
+    for _ in range(PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < PAUSE / 10:
+            return
 
 
 def median(times: Sequence[float]) -> float:
