@@ -68,7 +68,8 @@ def _scales(tiles: Tensor, kind: str) -> Tensor | None:
             if not len(unknown):
                 return scales
             tried = _beside(_quotient(largest[unknown], divisor), step)
-            fits = _holds(tiles[unknown], tried, kind)
+            are_all = len(unknown) == len(tiles)  # spares a copy, most of the time
+            fits = _holds(tiles if are_all else tiles[unknown], tried, kind)
             scales[unknown[fits]] = tried[fits]
             unknown = unknown[~fits]
     return None if len(unknown) else scales

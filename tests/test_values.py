@@ -19,8 +19,9 @@ from sparsefx.passes.pack_bitmap import PackBitmap
 from sparsefx.passes.pack_block import PackBlock
 from sparsefx.passes.pack_nm import PackNM
 from sparsefx.patterns import Columns, Rows
+from sparsefx.prune.rounding import Grid
 from sparsefx.prune.solve import solve
-from sparsefx.quantise import rounded
+from sparsefx.quantise import rounded, scales_of
 from sparsefx.recover import recovered_scales
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 from sparsefx.target import LinearSpec
@@ -150,6 +151,17 @@ def test_later_columns_make_up_for_rounding(pattern: Pattern, kind: str, criteri
     assert torch.equal(stored.float(), solved.weight), "numbers of the weight's own type"
     assert not stored[~solved.keep].any()
     assert recovered_scales(stored, kind, asked.tile(96)) is not None
+
+
+def test_int4_scales_of_a_solver_leave_the_least_error() -> None:
+    weight, tile = weight_of(16, 128).to(torch.float16), (1, 64)
+    weight[0, :64] = 0
+    whole = Grid(scales_of(weight, "int4", tile), "int4", tile)
+    fitted = Grid.fitted(weight, "int4", tile)
+    assert (fitted.errors(weight) <= whole.errors(weight)).all()
+    assert fitted.errors(weight).sum() < 0.9 * whole.errors(weight).sum()
+    assert fitted.scales[0, 0] == 0
+    assert torch.equal(Grid.fitted(weight, "int8", tile).scales, scales_of(weight, "int8", tile))
 
 
 @pytest.mark.parametrize("pattern", [coded(p, "int4") for p in PATTERNS[:5]], ids=str)
