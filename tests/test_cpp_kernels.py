@@ -300,7 +300,7 @@ def test_refuses_a_bitmap_of_another_size() -> None:
 
 
 def test_accepts_or_says_why() -> None:
-    nm, bitmap = TARGET_KERNELS
+    nm, bitmap, _ = TARGET_KERNELS
     assert (nm.name, bitmap.name) == ("cpp_nm_linear", "cpp_bitmap_linear")
     spec = Case((2, 4), torch.float32, 4, 32, None).spec()
     assert nm.accepts(spec) is None

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefx.codegen.cpp import block_call
 from sparsefx.codegen.cpp.build import opened
-from sparsefx.errors import DtypeMismatch, ShapeMismatch
+from sparsefx.codegen.cpp.operands import check_operands, misshapen, spread
+from sparsefx.errors import DtypeMismatch
 from sparsefx.ops import linear_output
 from sparsefx.target import LINEAR_SCHEMA
 
@@ -81,18 +83,20 @@ def linear(
 
     x [..., in]; packed: `packing.Packing` of layout "bitmap" or "nm", where for kernels that read
     no indices, index is uint8 [out, ceil(in/8)], one bit a column, 1 = kept, lowest bit = lowest
-    column; bias [out]; extras [..., features].
+    column, or of layout "block"; bias [out]; extras [..., features].
     Returns [..., features], contiguous, x's dtype. No gradient.
     Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
     """
+    if handle.startswith(block_call.HANDLE):
+        return block_call.linear(x, packed, bias, extras, handle, features)
     kernel = load(handle)
     values, keys, row_ptr, scales = _parts(kernel, packed)
     _check(kernel, x, values, keys, row_ptr, scales, features)
-    _check_epilogue(kernel, x, keys, bias, extras)
+    check_operands(kernel, keys.shape[0], bias, extras)
     y = linear_output(x, features)
     if not y.numel():
         return y
-    operands = [_spread(extra, y) for extra in extras]
+    operands = [spread(extra, y) for extra in extras]
     tensors = [each.contiguous() for each in (x, values, keys)]
     optional = [each if each is None else each.contiguous() for each in (row_ptr, scales, bias)]
     failed = kernel.run(
@@ -119,7 +123,7 @@ def _parts(
     if len(packed) != 2 + (not kernel.n) + kernel.has_scales:
         row_ptr = "" if kernel.n else ", row_ptr"
         rule = f"the kernel reads values, keys{row_ptr}{', scales' * kernel.has_scales}"
-        raise _misshapen("packed", packed[0].new_empty(len(packed)), rule)
+        raise misshapen("packed", packed[0].new_empty(len(packed)), rule)
     scales = packed[-1] if kernel.has_scales else None
     return packed[0], packed[1], None if kernel.n else packed[2], scales
 
@@ -142,16 +146,16 @@ def _check(
         raise DtypeMismatch(name="index or bits", dtype=keys.dtype, needed=torch.uint8)
     (out, row_bytes), width = keys.shape, x.shape[-1]
     if out != features * kernel.of_w:
-        raise _misshapen("index or bits", keys, f"the result has {features} features")
+        raise misshapen("index or bits", keys, f"the result has {features} features")
     if row_ptr is None:
         if values.numel() != kernel.value_count(out, width):
             rule = f"{kernel.n}:{kernel.m} of [{out}, {width}] has another count"
-            raise _misshapen("values", values, rule)
+            raise misshapen("values", values, rule)
     elif row_ptr.shape[0] != out + 1 or row_ptr.dtype is not torch.int32:
-        raise _misshapen("row_ptr", row_ptr, f"it must be int32 [{out + 1}]")
+        raise misshapen("row_ptr", row_ptr, f"it must be int32 [{out + 1}]")
     if row_bytes != kernel.row_bytes(width):
         rule = f"its last size must fit the {row_bytes} bytes of index or bits of a row"
-        raise _misshapen("x", x, rule)
+        raise misshapen("x", x, rule)
     if scales is not None:
         _check_scales(kernel, scales, out, width)
 
@@ -161,31 +165,7 @@ def _check_scales(kernel: Loaded, scales: Tensor, out: int, width: int) -> None:
         raise DtypeMismatch(name="scales", dtype=scales.dtype, needed=kernel.dtype)
     if scales.shape != (out, kernel.groups(width)):
         rule = f"the weight has {kernel.groups(width)} in each of {out} rows"
-        raise _misshapen("scales", scales, rule)
-
-
-def _check_epilogue(
-    kernel: Loaded, x: Tensor, keys: Tensor, bias: Tensor | None, extras: Sequence[Tensor]
-) -> None:
-    if (bias is not None) is not kernel.has_bias or len(extras) != kernel.extras:
-        rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
-        raise _misshapen("extras", x.new_empty(len(extras)), rule)
-    if bias is not None and bias.shape != keys.shape[:1]:
-        raise _misshapen("bias", bias, f"the weight has {keys.shape[0]} rows")
-    for operand in extras if bias is None else (bias, *extras):
-        if operand.dtype is not kernel.dtype:
-            name = "bias" if operand is bias else "an operand of the epilogue"
-            raise DtypeMismatch(name=name, dtype=operand.dtype, needed=kernel.dtype)
-
-
-def _spread(extra: Tensor, y: Tensor) -> Tensor:
-    """An operand of the epilogue as the kernel reads it: contiguous, of the shape of y."""
-    return (extra if extra.shape == y.shape else extra.expand(y.shape)).contiguous()
-
-
-def _misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:
-    remedy = "Pass the tensors of the Lowering that this handle came with"
-    return ShapeMismatch(name=name, shape=tuple(tensor.shape), rule=rule, remedy=remedy)
+        raise misshapen("scales", scales, rule)
 
 
 _LIBRARY.impl("linear", linear, "CPU")

@@ -39,14 +39,16 @@ def source(spec: LinearSpec, isa: Isa, threads: Path = OPENMP) -> str:
 
     threads: the template that has parallel_for().
     """
-    before, _, rest = inlined(_TEMPLATES / "linear.cpp").partition(_BEGIN)
+    name = "block.cpp" if spec.layout == "block" else "linear.cpp"
+    before, _, rest = inlined(_TEMPLATES / name).partition(_BEGIN)
     after = rest.partition(_END)[2]
     return f"// {title(spec, isa)}\n//\n{before}{_specialisation(spec, isa, threads)}{after}"
 
 
 def title(spec: LinearSpec, isa: Isa) -> str:
     """What the kernel was generated from, in one line."""
-    pattern = f" {spec.n}:{spec.m}" if spec.layout == "nm" else ""
+    shapes = {"nm": f" {spec.n}:{spec.m}", "block": " {}x{}".format(*spec.block)}
+    pattern = shapes.get(spec.layout, "")
     steps = [*(["bias"] if spec.has_bias else []), *map(str, parse(spec.epilogue))]
     values = f" {spec.values}" + (f" by {spec.group}" if spec.group else "") if spec.values else ""
     first = f"{spec.layout}_linear{pattern}{values} {dtype_name(spec.dtype)}"
@@ -56,6 +58,7 @@ def title(spec: LinearSpec, isa: Isa) -> str:
 
 def _specialisation(spec: LinearSpec, isa: Isa, threads: Path) -> str:
     steps = parse(spec.epilogue)
+    header = isa.scalar_header if spec.layout == "block" else isa.block(spec).header
     stored = "int8" if spec.values == "int8_dynamic" else spec.values or dtype_name(spec.dtype)
     return f"""using Value = {VALUE_TYPES[spec.dtype]};
 using Stored = {STORED.get(spec.values, "Value")};
@@ -63,14 +66,20 @@ extern "C" const char sparsefx_dtype[16] = "{dtype_name(spec.dtype)}";
 extern "C" const char sparsefx_stored[16] = "{stored}";
 constexpr int SCALED = {int(bool(spec.values))}, GROUP = {spec.group};
 constexpr int DYNAMIC = {int(spec.values == "int8_dynamic")};
-constexpr int N = {spec.n}, M = {spec.m or 1};
+{_pattern(spec)}
 constexpr int BIAS = {int(spec.has_bias)}, EXTRAS = {_extras(steps)};
 constexpr int OF_W = {1 + is_gated(spec.epilogue)};
 
 {inlined(threads)}
 {inlined(_TEMPLATES / "stored.h")}
-{inlined(_TEMPLATES / isa.block(spec).header)}
+{inlined(_TEMPLATES / header)}
 {_epilogue(spec.has_bias, steps, is_gated(spec.epilogue))}"""
+
+
+def _pattern(spec: LinearSpec) -> str:
+    if spec.layout == "block":
+        return "constexpr int BLOCK_ROWS = {}, BLOCK_COLS = {};".format(*spec.block)
+    return f"constexpr int N = {spec.n}, M = {spec.m or 1};"
 
 
 def inlined(path: Path) -> str:

@@ -63,6 +63,11 @@ class Isa:
         """Whether the kernel for `spec` reads N:M indices (else keep bits)."""
         return self.pick is not None and self.block(spec) == self.pick
 
+    @property
+    def scalar_header(self) -> str:
+        """The file in templates/ that converts single numbers."""
+        return "x86.h" if self.flags else "scalar.h"
+
     def present(self) -> bool:
         """Whether this machine can run it."""
         return self.needs <= _cpu_flags()

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.cpp import build, call, emit
+from sparsefx.codegen.cpp import block_call, build, call, emit
 from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
-from sparsefx.epilogue import features
+from sparsefx.epilogue import features, is_gated
 from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
 from sparsefx.target import LinearSpec, Lowering
@@ -17,7 +17,7 @@ _LONGEST_SUM = (2**31 - 1) // (255 * 127)  # of unsigned by signed bytes
 
 @dataclass(frozen=True)
 class CppLinear:
-    """A packed linear of one `layout` ("nm" or "bitmap") as a generated C function.
+    """A packed linear of one `layout` ("nm", "bitmap" or "block") as a generated C function.
 
     `isa` forces an instruction set by name; None takes the best that this machine has.
     """
@@ -40,15 +40,13 @@ class CppLinear:
             return f"{spec.dtype} is not one of float32, bfloat16, float16"
         if self.layout == "nm" and (spec.m not in NM_GROUPS or spec.in_features % spec.m):
             return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
+        if self.layout == "block" and (refusal := _refused_block(spec)):
+            return refusal
         if spec.group % self._isa().plain.width:
             return f"groups of {spec.group} columns are no blocks of {self._isa().plain.width}"
         if spec.values == "int8_dynamic" and (spec.group or spec.in_features) > _LONGEST_SUM:
             return f"int8 sums of {spec.in_features} products do not fit 32 bits"
-        if not self._isa().present():
-            return f"this CPU has no {self._isa().name}"
-        if build.compiler() is None:
-            return "no C++ compiler (g++) on PATH"
-        return None
+        return self._absent()
 
     def tunings(self, spec: LinearSpec) -> "tuple[CppLinear, ...]":
         """One: its code has no settings."""
@@ -63,22 +61,37 @@ class CppLinear:
         isa = self._isa()
         text = emit.source(spec, isa)
         handle, path = build.build(_prefix(spec, isa), text, isa.flags)
+        load = block_call.load if self.layout == "block" else call.load
         try:
-            call.load(handle)
+            load(handle)
         except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(_prefix(spec, isa), text, isa.flags)
-        as_is = self.layout == "bitmap" or isa.picks(spec)
+        as_is = self.layout != "nm" or isa.picks(spec)
         arranged = packed if as_is else _keep_bits(spec, packed)
         op, source = torch.ops.sparsefx_cpp.linear.default, path.with_suffix(".cpp")
         width = features(spec.out_features, spec.epilogue)
         return Lowering(op, arranged, handle, width, text, str(source))
 
+    def _absent(self) -> str | None:
+        """What this machine lacks to run it."""
+        if not self._isa().present():
+            return f"this CPU has no {self._isa().name}"
+        return None if build.compiler() else "no C++ compiler (g++) on PATH"
+
     def _isa(self) -> Isa:
         return best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)
 
 
-TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"))
+TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"), CppLinear("block"))
+
+
+def _refused_block(spec: LinearSpec) -> str | None:
+    if spec.values:
+        return f"it reads blocks of the input's type, not of {spec.values}"
+    if spec.block[0] % 2 and is_gated(spec.epilogue):
+        return f"blocks of {spec.block[0]} rows part gates from what they gate"
+    return None
 
 
 def _keep_bits(spec: LinearSpec, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -90,6 +103,7 @@ def _keep_bits(spec: LinearSpec, packed: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _prefix(spec: LinearSpec, isa: Isa) -> str:
-    pattern = f"{spec.n}_{spec.m}_" if spec.layout == "nm" else ""
+    sizes = {"nm": (spec.n, spec.m), "block": spec.block}.get(spec.layout, ())
+    pattern = "".join(f"{size}_" for size in sizes)
     values = f"{spec.values}_" if spec.values else ""
     return f"{spec.layout}_{pattern}{values}{emit.VALUE_TYPES[spec.dtype]}_{isa.name}"

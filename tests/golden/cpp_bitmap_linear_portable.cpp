@@ -6,6 +6,7 @@
 //
 // The default specialisation below lets this file compile as it is. A generated kernel is this file
 // with another specialisation: types, constants, the instruction set's block and the epilogue.
+// What every kernel needs.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -18,6 +19,7 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 struct int4 { uint8_t pair; };
 
+constexpr int64_t SMALL = 32768;  // multiply-adds below which threads cost more than they help
 // Activations without a branch or a call, so that the compiler computes a register of them at once.
 // Their errors are about those of float32: 2e-7 of the largest result.
 
@@ -223,7 +225,6 @@ constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: a
 constexpr int ROWS = 4;              // rows of W that a thread walks side by side
 constexpr int64_t CHUNK = 64;        // rows of x staged at a time
 constexpr int64_t ROOM = 64;         // bytes that expand() may read from where values begin
-constexpr int64_t SMALL = 32768;     // multiply-adds below which threads cost more than they help
 
 // Where a row of W begins.
 struct Row {
@@ -378,6 +379,7 @@ struct Weight {
     }
 };
 
+// What becomes of sums: the epilogue, and their place in y.
 struct Tail {
     const Value* bias;
     const Value* const* extras;
@@ -520,12 +522,6 @@ static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, c
     return true;
 }
 
-// Many rows of x: y^T = W x^T. The lanes of a register are rows of x, so that a stored weight is one
-// broadcast and one multiply-add for FLOATS rows, and a weight that is not stored costs nothing.
-//
-// x is transposed, LANES rows of it beside each other. A thread takes a band of rows of W through
-// tiles of columns that a cache holds: it lists the weights that the band keeps in the tile, then
-// meets them with LANES rows of x after LANES rows. Its sums lie in memory between tiles.
 // Registers of FLOATS floats whatever the instruction set, and squares of them turned over.
 #if defined(__AVX512F__)
 constexpr int FLOATS = 16;
@@ -579,6 +575,25 @@ static inline Vector widened(const Nibbles& p) {
     Vector vector;
     for (int i = 0; i < FLOATS; ++i) vector[i] = widen(p + i);
     return vector;
+}
+
+// acc + weight * x; of PAIRS, both halves of a lane are numbers of 16 bits and both products count.
+template <bool PAIRS>
+static inline void add_product(Vector& acc, const Vector& weight, const Vector& x) {
+#ifdef __AVX512BF16__
+    if constexpr (PAIRS) {
+        acc = _mm512_dpbf16_ps(acc, (__m512bh)weight, (__m512bh)x);
+        return;
+    }
+#endif
+    acc += weight * x;
+}
+
+// The high halves of a and b in the low and high halves of each lane.
+static inline Vector paired(const Vector& a, const Vector& b) {
+    typedef uint32_t Words __attribute__((vector_size(4 * FLOATS)));
+    const Words both = loaded<Words>(&a) >> 16 | loaded<Words>(&b);
+    return loaded<Vector>(&both);
 }
 
 // Row i, lane j becomes row j, lane i, by exchanging halves of ever smaller squares.
@@ -709,11 +724,52 @@ static inline int64_t list_kept(const Row& row, int64_t from, int64_t to, const 
             list.values[i] *= widen(row.scales + (GROUP ? (from + list.columns[i]) / std::max(1, GROUP) : 0));
     return count;
 }
-
+constexpr bool PAIRS = false;  // columns of x are staged one by one
+// How a product with many rows of x is cut into pieces that caches hold.
 constexpr int64_t BAND = 256;                // rows of W that a worker takes at a time, at most
-constexpr int64_t MOST_LANES = 16 * FLOATS;  // rows of x at a time
 constexpr int64_t FIRST_CACHE = 32 << 10, SECOND_CACHE = 256 << 10;  // bytes of x in a tile
-constexpr int64_t MOST_TILE = 4096;          // columns of a tile
+
+// How many rows of x are taken at a time, and in which pieces.
+struct Cut {
+    int64_t rows;           // of x
+    int64_t vectors;        // of rows of x that a list meets at a time
+    int64_t batches;        // of so many rows that share the lists
+    int64_t tile, height;   // columns of x; rows of W
+    int32_t workers;
+    int64_t lanes() const { return vectors * FLOATS; }
+    int64_t sums() const { return batches * height * lanes(); }  // of a band
+};
+
+// PAIRS: two neighbouring columns of x, of 16 bits, are staged in one register.
+static inline int64_t staged_at(const Shape& shape, int64_t batch, int64_t column, int64_t lanes) {
+    return (batch * shape.in + column) / (PAIRS ? 2 : 1) * lanes;
+}
+
+static inline void stage_square(const Vector (&square)[FLOATS], int64_t columns, int64_t lanes,
+                                float* to) {
+    if constexpr (PAIRS)
+        for (int64_t c = 0; c < columns; c += 2)
+            stored(paired(square[c], square[c + 1]), to + c / 2 * lanes);
+    else
+        for (int64_t c = 0; c < columns; ++c) stored(square[c], to + c * lanes);
+}
+
+// Cuts off the next of `left` rows of x, `batches` times `vectors` registers of them at most, for
+// tiles of about `bytes`. Tiles are multiples of `columns`, bands of `rows` of W.
+static Cut cut_off(const Shape& shape, int64_t left, int64_t vectors, int64_t batches,
+                   int64_t bytes, int64_t columns, int64_t rows, int32_t threads) {
+    const int64_t lanes = vectors * FLOATS;
+    batches = std::max<int64_t>(1, std::min(left / lanes, batches));
+    const int64_t taken = std::min(left, batches * lanes);
+    const int64_t tile = bytes / (PAIRS ? 2 : 4) / lanes / columns * columns;
+    const int32_t workers = taken * shape.in * shape.out > SMALL ? threads : 1;
+    const int64_t bands = workers * ((shape.out + workers * BAND - 1) / (workers * BAND));
+    const int64_t height = ((shape.out + bands - 1) / bands + rows - 1) / rows * rows;
+    return {taken, vectors, batches, std::max(tile, columns), height, workers};
+}
+// Bits and indices: the weights that a band of rows of W keeps in a tile are listed once, and met
+// with `lanes` rows of x after `lanes` rows.
+constexpr int64_t MOST_TILE = 4096;  // columns of a tile
 
 // sums[lane] += weights . x[lane] for one list. A multiply-add takes some four cycles, so that few
 // registers of sums are kept several times over.
@@ -743,25 +799,36 @@ static inline void meet(const Kept& kept, int64_t count, const float* x, float* 
     }
 }
 
-// How many rows of x are taken at a time, and in which pieces.
-struct Cut {
-    int64_t rows;           // of x
-    int64_t vectors;        // of rows of x that a list meets at a time
-    int64_t batches;        // of so many rows that share the lists
-    int64_t tile, height;   // columns of x; rows of W
-    int32_t workers;
-    int64_t lanes() const { return vectors * FLOATS; }
-};
-
 // What a worker writes to.
 struct Desk {
     float* sums;  // [batches][height][lanes]
     Kept room;    // all lists
+    int64_t top, height;
     Kept lists[BAND];
     int64_t counts[BAND], seen[BAND];  // entries of a list; values left of the tile
 
-    void list(const Weight& weight, const Shape& shape, int64_t top, int64_t height, int64_t from,
-              int64_t to) {
+    static int64_t list_room(const Cut& cut) { return cut.height * cut.tile + KEPT_SLACK; }
+    // In floats.
+    static int64_t room_of(const Cut& cut) { return list_room(cut) * 3 / 2 + 16; }
+    void take_room(const Cut& cut, float* from) {
+        room = {from, reinterpret_cast<uint16_t*>(from + list_room(cut))};
+    }
+
+    void begin(const Weight&, int64_t first, int64_t rows) {
+        top = first;
+        height = rows;
+        std::memset(seen, 0, sizeof seen);
+    }
+
+    void add(const Weight& weight, const Shape& shape, const Cut& cut, int64_t from, int64_t to,
+             const float* staged) {
+        list(weight, shape, from, to);
+        for (int64_t b = 0; b < cut.batches; ++b)
+            meet_with(staged + staged_at(shape, b, from, cut.lanes()),
+                      sums + b * cut.height * cut.lanes(), cut.vectors);
+    }
+
+    void list(const Weight& weight, const Shape& shape, int64_t from, int64_t to) {
         Kept next = room;
         for (int64_t r = 0; r < height; ++r) {
             Row row = weight.row(top + r, shape);
@@ -775,21 +842,47 @@ struct Desk {
     }
 
     template <int VECTORS>
-    void meet_all(const float* x, float* to, int64_t height) const {
+    void meet_all(const float* x, float* to) const {
         for (int64_t r = 0; r < height; ++r)
             meet<VECTORS>(lists[r], counts[r], x, to + r * VECTORS * FLOATS);
     }
 
-    void meet_with(const float* x, float* to, int64_t height, int64_t vectors) const {
+    void meet_with(const float* x, float* to, int64_t vectors) const {
         switch (vectors) {
-            case 8: return meet_all<8>(x, to, height);
-            case 4: return meet_all<4>(x, to, height);
-            case 3: return meet_all<3>(x, to, height);
-            case 2: return meet_all<2>(x, to, height);
-            default: return meet_all<1>(x, to, height);
+            case 8: return meet_all<8>(x, to);
+            case 4: return meet_all<4>(x, to);
+            case 3: return meet_all<3>(x, to);
+            case 2: return meet_all<2>(x, to);
+            default: return meet_all<1>(x, to);
         }
     }
 };
+
+// How to take the next of `left` rows of x. A well filled row of W is worth tiles for the first
+// cache; of another so little falls into one that starting on it would cost more than it saves.
+static Cut cut_of(const Shape& shape, int64_t left, int32_t threads) {
+    const bool filled = shape.value_count * 10 > shape.in * shape.out * 3;
+    const int64_t needed = (left + FLOATS - 1) / FLOATS;
+    const int64_t vectors = needed >= 8 && !filled ? 8 : std::min<int64_t>(needed, 4);
+    const int64_t most = MOST_TILE * vectors * FLOATS * int64_t(sizeof(float));
+    const int64_t bytes = filled && vectors > 1 ? FIRST_CACHE : std::min(SECOND_CACHE, most);
+    return cut_off(shape, left, vectors, filled ? 4 : 1, bytes, 64, FLOATS, threads);
+}
+
+// Whether there are so many rows of x that transposing them pays. Measured on Zen 4, of 4096 x 4096:
+// float32 pays from 6, 12 and 30 rows on if a tenth, a fifth and a half is kept; where few_rows()
+// multiplies two numbers of 16 bits at once, twice that.
+static bool many_rows_pay(const Shape& shape, int64_t batch) {
+    if (DYNAMIC) return false;  // x is not rounded here
+    const int64_t rows = sizeof(X) == 2 ? 120 : 60;
+    return batch * shape.in * shape.out >= rows * shape.value_count;
+}
+// Many rows of x: y^T = W x^T. The lanes of a register are rows of x, so that a stored weight is one
+// broadcast and one multiply-add for FLOATS rows, and a weight that is not stored costs nothing.
+//
+// x is transposed, `lanes` rows of it beside each other. A worker takes a band of rows of W through
+// tiles of columns that a cache holds; its sums lie in memory between tiles. How a band meets a tile
+// is the layout's: struct Desk, what a worker writes to, and cut_of(), how many rows of x it takes.
 
 // The product with `cut.rows` rows of x, of which `first` is the first.
 struct ManyRows {
@@ -799,7 +892,7 @@ struct ManyRows {
     const Cut& cut;
     const Value* x;
     int64_t first;
-    float* staged;  // [batches][in][lanes]
+    float* staged;  // [batches][in, or half of it for PAIRS][lanes]
 
     // Columns [from, from + FLOATS) of batch b.
     void stage(int64_t b, int64_t from) const {
@@ -807,22 +900,17 @@ struct ManyRows {
         for (int64_t lane = 0; lane < cut.lanes(); lane += FLOATS) {
             const int64_t row = b * cut.lanes() + lane, columns = shape.in - from;
             turned(x + (first + row) * shape.in + from, shape.in, cut.rows - row, columns, square);
-            float* to = staged + (b * shape.in + from) * cut.lanes() + lane;
-            for (int64_t c = 0; c < std::min<int64_t>(FLOATS, columns); ++c)
-                stored(square[c], to + c * cut.lanes());
+            stage_square(square, std::min<int64_t>(FLOATS, columns), cut.lanes(),
+                         staged + staged_at(shape, b, from, cut.lanes()) + lane);
         }
     }
 
     void band(int64_t top, Desk& desk) const {
         const int64_t height = std::min(cut.height, shape.out - top);
-        std::memset(desk.seen, 0, sizeof desk.seen);
-        std::memset(desk.sums, 0, cut.batches * cut.height * cut.lanes() * sizeof(float));
-        for (int64_t c = 0; c < shape.in; c += cut.tile) {
-            desk.list(weight, shape, top, height, c, std::min(c + cut.tile, shape.in));
-            for (int64_t b = 0; b < cut.batches; ++b)
-                desk.meet_with(staged + (b * shape.in + c) * cut.lanes(),
-                               desk.sums + b * cut.height * cut.lanes(), height, cut.vectors);
-        }
+        std::memset(desk.sums, 0, cut.sums() * sizeof(float));
+        desk.begin(weight, top, height);
+        for (int64_t c = 0; c < shape.in; c += cut.tile)
+            desk.add(weight, shape, cut, c, std::min(c + cut.tile, shape.in), staged);
         for (int64_t row = 0; row < cut.rows; row += FLOATS)
             for (int64_t r = 0; r < height; r += FLOATS) store(top, r, row, desk);
     }
@@ -850,11 +938,9 @@ static float* floats(int64_t count) {
 
 static bool run_many(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
                      const Cut& cut, int64_t first) {
-    const int64_t sums = cut.batches * cut.height * cut.lanes();
-    const int64_t room = cut.height * cut.tile + KEPT_SLACK;
-    const int64_t desk_floats = sums + room + room / 2 + 16;
-    float* staged = floats(cut.batches * shape.in * cut.lanes());
-    float* desks = floats(cut.workers * desk_floats);
+    const int64_t size = cut.sums() + Desk::room_of(cut);
+    float* staged = floats(staged_at(shape, cut.batches, 0, cut.lanes()));
+    float* desks = floats(cut.workers * size);
     if (staged && desks) {
         const ManyRows many{weight, shape, tail, cut, x, first, staged};
         const int64_t blocks = (shape.in + FLOATS - 1) / FLOATS;
@@ -864,32 +950,14 @@ static bool run_many(const Weight& weight, const Value* x, const Shape& shape, c
         std::atomic<int64_t> next{0};
         parallel_for(cut.workers, cut.workers, [&](int64_t worker) {
             Desk desk;
-            desk.sums = desks + worker * desk_floats;
-            desk.room = {desk.sums + sums, reinterpret_cast<uint16_t*>(desk.sums + sums + room)};
+            desk.sums = desks + worker * size;
+            desk.take_room(cut, desk.sums + cut.sums());
             for (int64_t top; (top = next.fetch_add(cut.height)) < shape.out;) many.band(top, desk);
         });
     }
     std::free(desks);
     std::free(staged);
     return staged && desks;
-}
-
-// How to take the next of `left` rows of x. A well filled row of W is worth tiles for the first
-// cache; of another so little falls into one that starting on it would cost more than it saves.
-static Cut cut_of(const Shape& shape, int64_t left, int32_t threads) {
-    const bool filled = shape.value_count * 10 > shape.in * shape.out * 3;
-    const int64_t needed = (left + FLOATS - 1) / FLOATS;
-    const int64_t vectors = needed >= 8 && !filled ? 8 : std::min<int64_t>(needed, 4);
-    const int64_t lanes = vectors * FLOATS;
-    const int64_t batches = filled ? std::max<int64_t>(1, std::min(left, MOST_LANES) / lanes) : 1;
-    const int64_t rows = std::min(left, batches * lanes);
-    const int64_t bytes = filled && vectors > 1 ? FIRST_CACHE : SECOND_CACHE;
-    const int64_t tile = bytes / int64_t(sizeof(float)) / lanes / 64 * 64;
-    const int32_t workers = rows * shape.in * shape.out > SMALL ? threads : 1;
-    const int64_t bands = workers * ((shape.out + workers * BAND - 1) / (workers * BAND));
-    const int64_t height = ((shape.out + bands - 1) / bands + FLOATS - 1) / FLOATS * FLOATS;
-    return {rows, vectors, batches, std::max<int64_t>(64, std::min(tile, MOST_TILE)), height,
-            workers};
 }
 
 static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
@@ -901,15 +969,6 @@ static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, 
         first += cut.rows;
     }
     return done;
-}
-
-// Whether there are so many rows of x that transposing them pays. Measured on Zen 4, of 4096 x 4096:
-// float32 pays from 6, 12 and 30 rows on if a tenth, a fifth and a half is kept; where few_rows()
-// multiplies two numbers of 16 bits at once, twice that.
-static bool many_rows_pay(const Shape& shape, int64_t batch) {
-    if (DYNAMIC) return false;  // x is not rounded here
-    const int64_t rows = sizeof(X) == 2 ? 120 : 60;
-    return batch * shape.in * shape.out >= rows * shape.value_count;
 }
 
 // What the caller must know of the specialisation.

@@ -4,18 +4,7 @@
 //
 // The default specialisation below lets this file compile as it is. A generated kernel is this file
 // with another specialisation: types, constants, the instruction set's block and the epilogue.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
-
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
-struct int4 { uint8_t pair; };
-
+#include "prelude.h"
 #include "activations.h"
 
 // begin specialisation
@@ -41,7 +30,6 @@ constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: a
 constexpr int ROWS = 4;              // rows of W that a thread walks side by side
 constexpr int64_t CHUNK = 64;        // rows of x staged at a time
 constexpr int64_t ROOM = 64;         // bytes that expand() may read from where values begin
-constexpr int64_t SMALL = 32768;     // multiply-adds below which threads cost more than they help
 
 // Where a row of W begins.
 struct Row {
@@ -196,28 +184,7 @@ struct Weight {
     }
 };
 
-struct Tail {
-    const Value* bias;
-    const Value* const* extras;
-    Value* y;
-    int64_t features;  // of a row of y
-    // Stores the sums of `count` adjacent rows of W, from an even one on, with row `row` of x.
-    void store(const float* sums, int64_t count, int64_t column, int64_t row) const {
-        for (int64_t i = 0; i < count; i += OF_W) {
-            const int64_t feature = (column + i) / OF_W, at = row * features + feature;
-            narrow(epilogue(sums + i, feature, at, bias, extras), y + at);
-        }
-    }
-    // The same for COUNT rows of W, in registers where the epilogue allows.
-    template <int COUNT>
-    void store(const float (&sums)[COUNT], int64_t column, int64_t row) const {
-        const int64_t feature = column / OF_W, at = row * features + feature;
-        float results[COUNT / OF_W];
-        for (int i = 0; i < COUNT / OF_W; ++i)
-            results[i] = epilogue(sums + i * OF_W, feature + i, at + i, bias, extras);
-        for (int i = 0; i < COUNT / OF_W; ++i) narrow(results[i], y + at + i);
-    }
-};
+#include "tail.h"
 
 // sums[b][r] of HEIGHT rows of W by BATCH rows of x. Past the last row of W its last one is read
 // again and the result is dropped, which saves a second copy of this code for the remainder.
@@ -338,6 +305,11 @@ static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, c
     return true;
 }
 
+#include "vectors.h"
+#include "kept.h"
+constexpr bool PAIRS = false;  // columns of x are staged one by one
+#include "cut.h"
+#include "lists.h"
 #include "many_rows.h"
 
 // What the caller must know of the specialisation.

@@ -53,6 +53,25 @@ static inline Vector widened(const Nibbles& p) {
     return vector;
 }
 
+// acc + weight * x; of PAIRS, both halves of a lane are numbers of 16 bits and both products count.
+template <bool PAIRS>
+static inline void add_product(Vector& acc, const Vector& weight, const Vector& x) {
+#ifdef __AVX512BF16__
+    if constexpr (PAIRS) {
+        acc = _mm512_dpbf16_ps(acc, (__m512bh)weight, (__m512bh)x);
+        return;
+    }
+#endif
+    acc += weight * x;
+}
+
+// The high halves of a and b in the low and high halves of each lane.
+static inline Vector paired(const Vector& a, const Vector& b) {
+    typedef uint32_t Words __attribute__((vector_size(4 * FLOATS)));
+    const Words both = loaded<Words>(&a) >> 16 | loaded<Words>(&b);
+    return loaded<Vector>(&both);
+}
+
 // Row i, lane j becomes row j, lane i, by exchanging halves of ever smaller squares.
 template <int HALF = FLOATS / 2>
 static inline void transpose(Vector (&rows)[FLOATS]) {

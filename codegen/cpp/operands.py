@@ -1,0 +1,55 @@
+"""Operands of an epilogue: what the C functions take on trust, and how they read them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsefx.errors import DtypeMismatch, ShapeMismatch
+
+
+class Takes(Protocol):
+    """A loaded kernel: the type of its operands, and which of them it was specialised to."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of bias and extras."""
+        ...
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it takes a bias."""
+        ...
+
+    @property
+    def extras(self) -> int:
+        """How many operands its epilogue has."""
+        ...
+
+
+def check_operands(kernel: Takes, out: int, bias: Tensor | None, extras: Sequence[Tensor]) -> None:
+    """Whether bias and extras are what `kernel` takes for a weight of `out` rows.
+
+    Raises ShapeMismatch, DtypeMismatch.
+    """
+    if (bias is not None) is not kernel.has_bias or len(extras) != kernel.extras:
+        rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
+        raise misshapen("extras", torch.empty(len(extras), device="meta"), rule)
+    if bias is not None and bias.shape != (out,):
+        raise misshapen("bias", bias, f"the weight has {out} rows")
+    for operand in extras if bias is None else (bias, *extras):
+        if operand.dtype is not kernel.dtype:
+            name = "bias" if operand is bias else "an operand of the epilogue"
+            raise DtypeMismatch(name=name, dtype=operand.dtype, needed=kernel.dtype)
+
+
+def spread(extra: Tensor, y: Tensor) -> Tensor:
+    """An operand of the epilogue as the kernel reads it: contiguous, of the shape of y."""
+    return (extra if extra.shape == y.shape else extra.expand(y.shape)).contiguous()
+
+
+def misshapen(name: str, tensor: Tensor, rule: str) -> ShapeMismatch:
+    """The error of a tensor that breaks `rule`."""
+    remedy = "Pass the tensors of the Lowering that this handle came with"
+    return ShapeMismatch(name=name, shape=tuple(tensor.shape), rule=rule, remedy=remedy)
