@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, fx
+from tqdm import tqdm
 
 from sparsefx import choice, dump, guard, ladder
 from sparsefx.by_rows import NO_COSTS, Costs
@@ -55,7 +56,8 @@ class Lower:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> int:
         """Returns how many nodes were given to a kernel."""
         packed = [node for node in gm.graph.nodes if node.target in PACKED_OPS]
-        return sum(_lower(self, PackedNode(gm, node, ctx)) for node in packed)
+        bar = tqdm(packed, desc="lower", unit="layer", leave=False, delay=1, disable=None)
+        return sum(_lower(self, PackedNode(gm, node, ctx)) for node in bar)
 
 
 @dataclass(frozen=True)

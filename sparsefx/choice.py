@@ -1,9 +1,12 @@
 """Which kernel a packed linear gets: of all that its target has, the fastest that beats dense."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -77,19 +80,29 @@ def proposed(kernels: Sequence[Kernel], specs: Sequence[LinearSpec]) -> Iterator
 
 
 def built(ways: Iterable[Way], packed: tuple[Tensor, ...], reasons: Reasons) -> Iterator[Offer]:
-    """The first CONFIGURATIONS that compile, each once however many ways lead to it."""
+    """The first CONFIGURATIONS that compile, each once however many ways lead to it.
+
+    They are compiled side by side: a compiler is a process of its own, for which a thread waits.
+    """
     seen: set[tuple[OpOverload, str]] = set()
-    for way in itertools.islice(ways, PROPOSALS):
-        try:
-            lowering = way.kernel.lower(way.spec, packed)
-        except (KernelBuildFailed, OSError) as error:  # OSError: no place to keep the kernel
-            reasons.add(way.kernel, str(error))
-            continue
-        if (lowering.op, lowering.handle) not in seen:
-            seen.add((lowering.op, lowering.handle))
-            yield Offer(way.kernel, lowering)
-        if len(seen) == CONFIGURATIONS:
-            return
+    waiting = itertools.islice(ways, PROPOSALS)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        while batch := list(itertools.islice(waiting, CONFIGURATIONS - len(seen))):
+            made = pool.map(lambda way: _lowered(way, packed), batch)
+            for way, lowering in zip(batch, made, strict=True):
+                if not isinstance(lowering, Lowering):
+                    reasons.add(way.kernel, str(lowering))
+                elif (lowering.op, lowering.handle) not in seen:
+                    seen.add((lowering.op, lowering.handle))
+                    yield Offer(way.kernel, lowering)
+
+
+@torch.no_grad()
+def _lowered(way: Way, packed: tuple[Tensor, ...]) -> Lowering | Exception:
+    try:
+        return way.kernel.lower(way.spec, packed)
+    except (KernelBuildFailed, OSError) as error:  # OSError: no place to keep the kernel
+        return error
 
 
 def fastest(

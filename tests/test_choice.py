@@ -1,5 +1,6 @@
 """Of all kernels and all their tunings the fastest that is right and beats dense."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -111,3 +112,20 @@ def test_the_reason_of_a_kernel_is_that_of_its_closest_try(order: Callable[..., 
     for reason, ratio in order(tries):  # type: ignore[attr-defined]
         reasons.add(Tuned("a"), reason, ratio)
     assert str(reasons) == "a: noise"
+
+
+def test_kernels_are_built_side_by_side() -> None:
+    """Each waits for the other: one after the other, both would time out."""
+    together = threading.Barrier(2, timeout=20)
+
+    class Waiting(Tuned):
+        def tunings(self, spec: LinearSpec) -> tuple[Tuned, ...]:
+            return (self,)
+
+        def lower(self, spec: LinearSpec, packed: tuple[Tensor, ...]) -> Lowering:
+            together.wait()
+            return super().lower(spec, packed)
+
+    ways = choice.proposed([Waiting("a"), Waiting("b")], [SPEC])
+    handles = [each.lowering.handle for each in choice.built(ways, (), choice.Reasons())]
+    assert handles == ["a0", "b0"]
