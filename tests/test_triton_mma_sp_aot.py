@@ -1,7 +1,7 @@
 """The mma.sp kernels compile for real GPUs: the layout they take for granted, nothing but mma.sp.
 
 The order of fragments itself was never seen on hardware: here it follows the PTX ISA
-(tests/ptx_machine.py); `benchmarks/gpu_linear.py` checks it first of all where there is a GPU.
+(tests/ptx_machine.py); `benchmarks/fragment_order.py` asks the hardware where there is one.
 """
 
 import pytest
