@@ -36,9 +36,11 @@ def test_resources(
     counts = found["instructions"]
     assert isinstance(counts, dict) and "local" not in counts and "mma" not in counts, found
     assert counts["mma_sp"] == 8 * slabs * tiles
-    # x, A and metadata by 128 bits; words that lanes share, and the bias, by less
-    wide = 8 * tiles + slabs * (LOADS[pattern] + (pattern != "1:4"))
+    # x, A, metadata and scales by 128 bits, and no step through shared memory in the loop
+    wide = 8 * tiles + slabs * (LOADS[pattern] + 1 + ("int" in pattern))
     assert counts["load128"] == wide
+    looped = found["looped"]
+    assert isinstance(looped, dict) and looped["load"] == wide and "barrier" not in looped, found
 
 
 @pytest.mark.parametrize("kernel", ["fragments_of", "reduce"])

@@ -44,6 +44,7 @@ INSTRUCTIONS = {
     "cp_async": r"cp\.async\.c[ag]",
     "load128": r"ld\.global\S*\.v4\.b32",
     "load": r"ld\.global|global_load|buffer_load",
+    "barrier": r"bar\.sync|barrier\.sync",
     "store": r"st\.global|global_store|buffer_store",
     "exp2": r"ex2\.approx|v_exp_f32",
     "local": r"(?:ld|st)\.local|scratch_",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 STEPS = 8  # k-steps of a block: two a metadata word, so that no bit of the metadata is wasted
 COLUMNS = 32 * STEPS
+SCALES = 4  # of a row of W in a block: a scale of more columns is repeated, to load 128 bits
 CODE_WORDS = {"": 4, "int8": 2, "int4": 1}  # 32-bit words of a lane and k-step, at 2:4
 
 # Both halves, for fma, which takes registers only: one; minus zero, which leaves every product; and
@@ -33,15 +34,11 @@ _LESS = {
 
 @dataclass(frozen=True)
 class Program:
-    """Which block program to print: `dtype` "bf16" or "f16", `is_single` for 1:4, codes, scales.
-
-    `scales` is how many scales a row of W has in a block: 0 (no codes), 1, 2 or 4.
-    """
+    """Which block program to print: `dtype` "bf16" or "f16", `is_single` for 1:4, kind of codes."""
 
     dtype: str
     is_single: bool = False
     values: str = ""
-    scales: int = 0
 
     @property
     def loads(self) -> int:
@@ -50,7 +47,7 @@ class Program:
 
 
 def multiply(program: Program) -> str:
-    """Operands: metadata, A (`loads`), B (STEPS), masks or scales if any, accumulator."""
+    """Operands: metadata, A (`loads`), B (STEPS), scales of codes, accumulator."""
     lines = [".reg .b32 a<4>, e, t, u, one, less, none, s<8>;", *_constants(program)]
     lines += _scales(program)
     for step in range(STEPS):
@@ -61,7 +58,7 @@ def multiply(program: Program) -> str:
 
 def constraints(program: Program) -> str:
     """Of `multiply`: results are written while operands are still read."""
-    operands = program.loads + STEPS + 1 + _has_extra(program)
+    operands = program.loads + STEPS + 1 + bool(program.values)
     return ",".join([*["=&f"] * 4, *["r"] * (4 * operands), *["f"] * 4])
 
 
@@ -97,10 +94,6 @@ def exchange(is_single: bool) -> str:
 
 
 EXCHANGE_CONSTRAINTS = ",".join([*["=&r"] * 4, *["r"] * 4])
-
-
-def _has_extra(program: Program) -> bool:
-    return program.is_single or program.scales > 0
 
 
 def _register(operand: int, index: int) -> str:
@@ -140,7 +133,7 @@ def _operand_a(program: Program, step: int) -> list[str]:
 
 def _single(program: Program, step: int) -> list[str]:
     """1:4: bit 7 - step of byte 2 row + half is set if that value is of columns 2 or 3."""
-    masks = _register(program.loads + STEPS + 1, 0)
+    masks = _register(0, 2)
     lines = [f"shl.b32 t, {masks}, {step};"]
     for row, replicate in enumerate(("0x9988", "0xbbaa")):
         word = _register(1 + step // 2, 2 * (step % 2) + row)
@@ -197,18 +190,18 @@ def _scales(program: Program) -> list[str]:
     operand = program.loads + STEPS + 1
     return [
         f"prmt.b32 s{2 * group + row}, {_register(operand, group)}, 0, {halves};"
-        for group in range(program.scales)
+        for group in range(SCALES if program.values else 0)
         for row, halves in enumerate(("0x1010", "0x3232"))
     ]
 
 
 def _scaled(program: Program, step: int, i: int) -> str:
-    scale = f"s{2 * (step * program.scales // STEPS) + i % 2}"
+    scale = f"s{2 * (step * SCALES // STEPS) + i % 2}"
     return f"fma.rn.{program.dtype}x2 a{i}, t, {scale}, none;"
 
 
 def _mma(program: Program, step: int, metadata: str) -> str:
-    first = program.loads + STEPS + 1 + _has_extra(program)
+    first = program.loads + STEPS + 1 + bool(program.values)
     c = [_register(first, i) if step == 0 else f"${i}" for i in range(4)]
     plain = not program.is_single and not program.values
     a = [_register(1 + step, i) if plain else f"a{i}" for i in range(4)]

@@ -81,11 +81,11 @@ class MmaSpForm:
         return tuple(dict.fromkeys(tuple(zip(names, each, strict=True)) for each in usable))
 
     def arrange(self, variant: Variant, packed: Packed, in_features: int) -> Packed:
-        """Fragments, metadata and, for 1:4 or codes, masks or scales: all int32."""
+        """Fragments, metadata and, for codes, scales: all int32."""
         groups = mma_sp_pack.padded(_groups(variant, packed, in_features), self._rows(variant))
         words = mma_sp_pack.fragments(groups, variant.values)
         if variant.n == 1:
-            return (words, *mma_sp_pack.single_metadata(groups.columns))
+            return (words, mma_sp_pack.single_metadata(groups.columns))
         stored = (words, mma_sp_pack.metadata(groups.columns))
         if not variant.values:
             return stored
@@ -96,7 +96,7 @@ class MmaSpForm:
         """The dense weight [out, in_features] of the stored tensors, in the variant's dtype."""
         values = mma_sp_pack.unfragment(packed[0], variant.n, variant.values, variant.dtype)
         if variant.n == 1:
-            columns = mma_sp_pack.unsingle_metadata(packed[1], packed[2])
+            columns = mma_sp_pack.unsingle_metadata(packed[1])
         else:
             columns = mma_sp_pack.unmetadata(packed[1])
         dense = values.new_zeros((*columns.shape[:2], 4)).scatter_(-1, columns, values).flatten(1)
@@ -124,7 +124,7 @@ class MmaSpForm:
 
     def calls(self, variant: Variant, problem: Problem) -> tuple[Call, ...]:
         """The kernel; before it, perhaps, x in fragment order; behind it the sum of a split."""
-        fragments, metadata, *extra = problem.packed
+        fragments, metadata, *factors = problem.packed
         tiles, blocks, loads = fragments.shape[:3]
         count = power(cdiv(problem.rows, 8), 1, 8)
         slabs, tall = variant.setting("slabs", 1), variant.setting("tall", 1)
@@ -141,12 +141,9 @@ class MmaSpForm:
             arguments = (x, ordered, problem.rows, words)
             before = (Call((blocks, row_tiles * count), arguments, sizes, "fragments_of"),)
             x = ordered
-        program = _program(variant)
         options: dict[str, int | str] = {
             "LOADS": loads,
-            "METADATA": metadata.shape[2] if variant.n == 1 else 128,
-            "LANES": 32 if variant.n == 1 else 8 if variant.values else 0,
-            "WORDS": max(1, program.scales),
+            "SCALED": int(variant.values != ""),
             "SLABS": slabs,
             "TILES": count,
             "TALL": tall,
@@ -160,7 +157,7 @@ class MmaSpForm:
             # another program on a multiprocessor
             options["maxnreg"] = min(255, 65536 // (32 * tall * deep))
         grid = (tiles // (slabs * tall), row_tiles, split)
-        tensors = (x, fragments, metadata, extra[0] if extra else None)
+        tensors = (x, fragments, metadata, factors[0] if factors else None)
         sizes_of = (problem.rows, problem.out_features, words, blocks)
         call = Call(grid, (*tensors, problem.bias, problem.extras, problem.y, *sizes_of), options)
         return (*before, *finished(variant, problem, call, split))
@@ -171,9 +168,7 @@ class MmaSpForm:
 
 
 def _program(variant: Variant) -> Program:
-    count = min(4, max(1, COLUMNS // variant.group)) if variant.group else 1
-    dtype = _PTX_TYPES[variant.dtype]
-    return Program(dtype, variant.n == 1, variant.values, count if variant.values else 0)
+    return Program(_PTX_TYPES[variant.dtype], variant.n == 1, variant.values)
 
 
 def _fits(group: int) -> bool:

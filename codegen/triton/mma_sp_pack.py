@@ -99,37 +99,41 @@ def unmetadata(words: Tensor) -> Tensor:
     return torch.stack((code & 3, code >> 2), -1)
 
 
-def single_metadata(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """1:4: which column of its half, and which half: int32 [tiles, blocks, 32] each.
+def single_metadata(columns: Tensor) -> Tensor:
+    """1:4: int32 [tiles, blocks, 32 lanes, 4]: two words of columns, one of halves, and 0.
 
-    Halves: word of lane l; bit 7 - s of byte 2 r + h is that of step s. Columns: words 2 (2 g +
-    selector) + i // 2, steps 2 i + selector; bit 16 r + 4 q + 2 h + i % 2.
+    Halves: bit 16 r + 8 h + 7 - s is set if the value is of columns 2 or 3. Columns: the lower bit
+    of the column, of steps 4 w + 2 i + selector in word w, at bit 16 r + 4 q + 2 h + i; lanes
+    2 selector and 2 selector + 1 of each four hold the same.
     """
     device = columns.device
     lanes = _lanes(columns[..., 0])  # t b s lane h r
     halves = (lanes >> 1).permute(0, 1, 3, 5, 4, 2).flatten(3)  # t b lane (r h s)
-    r, h, s = torch.meshgrid(*map(torch.arange, (2, 2, STEPS)), indexing="ij")
-    masks = _word(halves, (16 * r + 8 * h + 7 - s).flatten().to(device))
-    lower = (lanes & 1).unflatten(3, (8, 4)).unflatten(2, (2, 2, 2))  # t b i/2 i%2 sel g q h r
-    lower = lower.permute(0, 1, 5, 4, 2, 3, 6, 7, 8).flatten(5)  # t b g sel i/2 (i%2 q h r)
-    i, q, h, r = torch.meshgrid(*map(torch.arange, (2, 4, 2, 2)), indexing="ij")
-    words = _word(lower, (16 * r + 4 * q + 2 * h + i).flatten().to(device))
-    return words.flatten(2).contiguous(), masks
+    masks = _word(halves, _half_shifts().to(device))
+    lower = (lanes & 1).unflatten(3, (8, 4)).unflatten(2, (2, 2, 2))  # t b w i selector g q h r
+    lower = lower.permute(0, 1, 5, 4, 2, 3, 6, 7, 8).flatten(5)  # t b g selector w (i q h r)
+    words = _word(lower, _column_shifts().to(device)).repeat_interleave(2, 3).flatten(2, 3)
+    return torch.cat((words, masks[..., None], torch.zeros_like(masks)[..., None]), -1)
 
 
-def unsingle_metadata(words: Tensor, masks: Tensor) -> Tensor:
+def unsingle_metadata(stored: Tensor) -> Tensor:
     """Inverse of `single_metadata`: columns [out, groups, 1]."""
-    device = words.device
-    r, h, s = torch.meshgrid(*map(torch.arange, (2, 2, STEPS)), indexing="ij")
-    halves = (masks[..., None] >> (16 * r + 8 * h + 7 - s).flatten().to(device)) & 1
+    halves = (stored[..., 2, None] >> _half_shifts().to(stored.device)) & 1
     upper = halves.unflatten(-1, (2, 2, STEPS)).permute(0, 1, 5, 2, 4, 3)  # t b s lane h r
+    words = stored[:, :, ::2, :2].unflatten(2, (8, 2))  # t b g selector w
+    lower = (words[..., None] >> _column_shifts().to(stored.device)) & 1
+    lower = lower.unflatten(-1, (2, 4, 2, 2)).permute(0, 1, 4, 5, 3, 2, 6, 7, 8)
+    return _natural(upper * 2 + lower.flatten(5, 6).flatten(2, 4)).long()[..., None]
+
+
+def _half_shifts() -> Tensor:
+    r, h, s = torch.meshgrid(*map(torch.arange, (2, 2, STEPS)), indexing="ij")
+    return (16 * r + 8 * h + 7 - s).flatten()
+
+
+def _column_shifts() -> Tensor:
     i, q, h, r = torch.meshgrid(*map(torch.arange, (2, 4, 2, 2)), indexing="ij")
-    bits = words.unflatten(2, (8, 2, 2))[..., None] >> (16 * r + 4 * q + 2 * h + i).flatten().to(
-        device
-    )
-    lower = (bits & 1).unflatten(-1, (2, 4, 2, 2))  # t b g sel i/2 i%2 q h r
-    lower = lower.permute(0, 1, 4, 5, 3, 2, 6, 7, 8).flatten(5, 6).flatten(2, 4)
-    return _natural(upper * 2 + lower).long()[..., None]
+    return (16 * r + 4 * q + 2 * h + i).flatten()
 
 
 def _lanes(items: Tensor) -> Tensor:

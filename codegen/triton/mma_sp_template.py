@@ -67,7 +67,7 @@ def kernel(
     x,
     fragments,
     metadata,
-    extra,
+    scales,
     bias,
     extras,
     y,
@@ -76,9 +76,7 @@ def kernel(
     in_words,
     blocks,
     LOADS: tl.constexpr,
-    METADATA: tl.constexpr,
-    LANES: tl.constexpr,
-    WORDS: tl.constexpr,
+    SCALED: tl.constexpr,
     SLABS: tl.constexpr,
     TILES: tl.constexpr,
     TALL: tl.constexpr,
@@ -90,15 +88,13 @@ def kernel(
 ):
     """y = epilogue(x W^T) for 16 SLABS TALL rows of W and 8 TILES rows of x.
 
-    A block has LOADS 128-bit loads of A, METADATA words of metadata, and WORDS of scales or masks
-    for each of LANES groups of lanes (0: neither).
+    A block has LOADS 128-bit loads of A, one of metadata, and one of scales if SCALED.
     EVEN: DEEP SPLIT divides the blocks, and whole blocks in_features.
     """
     STEPS: tl.constexpr = 8
     STRIDE: tl.constexpr = DEEP * SPLIT
     thread = tl.arange(0, 128 * TALL * DEEP)[None, :]
     word = thread % 128
-    lane = word // 4
     strip = tl.program_id(0) * TALL + thread // 128 % TALL
     strip = strip * SLABS + tl.arange(0, SLABS)[:, None]
     block = tl.program_id(2) * DEEP + thread // 128 // TALL
@@ -107,12 +103,10 @@ def kernel(
 
     at = strip.to(tl.int64) * blocks + block
     fragments += at * (128 * LOADS) + word
-    if METADATA == 128:
-        metadata += at * 128 + word
-    else:  # two words for two lanes of each four
-        metadata += at * METADATA + (lane // 2 * 2 + word % 2)
-    if LANES > 0:
-        extra += at * (LANES * WORDS) + (lane // (32 // LANES) * WORDS + word % WORDS)
+    metadata += at * 128 + word
+    if SCALED:  # four words for each four lanes
+        shared = at * 32 + (word // 16 * 4 + word % 4)
+        scales += tl.max_contiguous(tl.multiple_of(shared, (1, 4)), (1, 4))
 
     # one sum and one address for each tile of x: only one tile's operands need registers at a time
     sums = ()
@@ -137,10 +131,10 @@ def kernel(
                 weight = weight + (tl.load(fragments + 128 * load),)
             else:
                 weight = weight + (tl.load(fragments + 128 * load, mask=inside, other=0),)
-        scales = ()
-        if LANES > 0:
-            scales = (tl.load(extra) if EVEN else tl.load(extra, mask=inside, other=0),)
-            extra += LANES * WORDS * STRIDE
+        factors = ()
+        if SCALED:
+            factors = (tl.load(scales) if EVEN else tl.load(scales, mask=inside, other=0),)
+            scales += 32 * STRIDE
         added = ()
         for tile in tl.static_range(TILES):
             operands = weight
@@ -157,10 +151,10 @@ def kernel(
                 if DIRECT:
                     part = exchanged(part)
                 operands = operands + (part,)
-            added = added + (multiplied(operands + scales + (sums[tile],)),)
+            added = added + (multiplied(operands + factors + (sums[tile],)),)
         sums = added
         fragments += 128 * LOADS * STRIDE
-        metadata += METADATA * STRIDE
+        metadata += 128 * STRIDE
 
     OUT: tl.constexpr = TALL * SLABS * 16
     for tile in tl.static_range(TILES):
