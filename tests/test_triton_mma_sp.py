@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsefx.codegen.triton import TritonLinear, forms, hardware, launch, mma_sp_pack
+from sparsefx.codegen.triton.form import Problem
 from sparsefx.codegen.triton.variant import Settings, Variant
 from sparsefx.target import LinearSpec
 from tests.golden import assert_golden
@@ -107,6 +108,20 @@ def test_nothing_is_stored_in_vain(pattern: str, values: str, bytes_each: float)
     spec = replace(spec_of(pattern, BF16, 512), out_features=64, values=values, group=0)
     stored = make(spec, form="mma_sp").lowering.packed
     assert sum(tensor.nbytes for tensor in stored[:2]) == bytes_each * 64 * 512
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_x_may_start_anywhere(offset: int) -> None:
+    """A slice of a row, as one token's part of a larger tensor, is contiguous at any address."""
+    case = make(with_rows(spec_of("2:4", FP16, 264), 1), form="mma_sp", settings=DIRECT)
+    case = replace(case, x=torch.cat((case.x.new_zeros(1, offset), case.x), 1)[:, offset:])
+    assert case.x.is_contiguous() and case.x.data_ptr() % 16
+    case.check(case.launched())
+    y = case.x.new_empty(1, 40)
+    problem = Problem(case.x, case.lowering.packed, case.bias, (), y, 40)
+    (call,) = launch.load(case.lowering.handle).calls(problem)
+    read = call.arguments[:3]  # by 128 bits: what Triton knows of addresses is how lanes are laid
+    assert not any(t.data_ptr() % 16 for t in read if isinstance(t, torch.Tensor))
 
 
 def test_inf_in_a_row_stays_in_it() -> None:

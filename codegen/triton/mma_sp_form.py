@@ -129,7 +129,7 @@ class MmaSpForm:
         count = power(cdiv(problem.rows, 8), 1, 8)
         slabs, tall = variant.setting("slabs", 1), variant.setting("tall", 1)
         deep, split = variant.setting("deep", 4), variant.setting("split", 1)
-        x, words = problem.x.view(torch.int32), problem.in_features // 2
+        x, words = _words(problem.x), problem.in_features // 2
         row_tiles = cdiv(problem.rows, 8 * count)
         # the exchange of 8 tiles would cost more instructions than the product
         is_direct = bool(variant.setting("direct", 1)) and slabs * count <= 8
@@ -152,7 +152,7 @@ class MmaSpForm:
             "EVEN": int(blocks % (deep * split) == 0 and problem.in_features % COLUMNS == 0),
             "num_warps": tall * deep,
         }
-        if variant.values:
+        if variant.values or variant.n == 1:
             # the true limit: left alone, ptxas 12.8 spills a word or two where that makes room for
             # another program on a multiprocessor
             options["maxnreg"] = min(255, 65536 // (32 * tall * deep))
@@ -169,6 +169,14 @@ class MmaSpForm:
 
 def _program(variant: Variant) -> Program:
     return Program(_PTX_TYPES[variant.dtype], variant.n == 1, variant.values)
+
+
+def _words(x: Tensor) -> Tensor:
+    """x as int32 words; copied if it is a slice whose address is no multiple of 16 bytes.
+
+    By what it knows of addresses Triton lays loads of 128 bits, and with them the lanes, out.
+    """
+    return (x.clone() if x.data_ptr() % 16 else x).view(-1).view(torch.int32)
 
 
 def _fits(group: int) -> bool:
