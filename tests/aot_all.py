@@ -3,7 +3,6 @@
 python -m tests.aot_all [WORD ..]      only those whose handle and architecture have all words
 """
 
-import dataclasses
 import json
 import queue
 import sys
@@ -44,11 +43,12 @@ def _work(waiting: "queue.SimpleQueue[Job]", wrong: list[str]) -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            answer = worker.ask(json.dumps(dataclasses.asdict(job)))
+            answer = worker.ask(json.dumps(job.request()))
             found = faults(job, answer) if answer.pop("ok") else [str(answer["error"])]
             if found:
                 wrong.append(job.handle)
-                sys.stdout.write(f"{job.arch} {job.rows} rows: {job.handle}: {'; '.join(found)}\n")
+                name = f"{job.arch} {job.rows} rows: {job.kernel} of {job.handle}"
+                sys.stdout.write(f"{name}: {'; '.join(found)}\n")
                 sys.stdout.flush()
 
 

@@ -4,6 +4,8 @@ from sparsefx.codegen.triton.matrix import Job
 
 MATRIX = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
+
 
 def faults(job: Job, found: dict[str, object]) -> list[str]:
     """What is wrong with one compiled kernel: [] if nothing is."""
@@ -14,6 +16,11 @@ def faults(job: Job, found: dict[str, object]) -> list[str]:
         wrong.append("it uses local memory")
     if not found["in_lanes"]:
         wrong.append("the operands of its inline PTX lie in another layout")
+    shared = found["shared"]
+    assert isinstance(shared, int)
+    # other tunings may be too large for a small GPU: the launch is refused, the guard takes another
+    if job.place == 0 and shared > SHARED[job.arch] * 1024:
+        wrong.append(f"{shared} bytes of shared memory do not fit")
     if not set(_wanted(job)) & set(counts):
         wrong.append(f"none of {_wanted(job)} in {counts}")
     if not counts.get("store"):
@@ -24,6 +31,8 @@ def faults(job: Job, found: dict[str, object]) -> list[str]:
 def _wanted(job: Job) -> tuple[str, ...]:
     """Instructions of which one must be there."""
     form = job.handle.split()[0]
+    if job.kernel != "kernel":
+        return ("store",)
     if form == "mma_sp":
         return ("mma_sp",)
     if "float32" in job.handle:  # NVIDIA's tensor cores would cut it to ten bits

@@ -22,22 +22,26 @@ SAMPLED = sorted(jobs(), key=lambda job: job.rank(SEED))[:SAMPLE]
 
 
 def name(job: Job) -> str:
-    return f"{SEED} {job.arch} {job.rows} rows {job.handle}"
+    return f"{SEED} {job.arch} {job.rows} rows {job.kernel} of {job.handle}"
 
 
 @pytest.mark.parametrize("job", SAMPLED, ids=name)
 def test_compiles_as_expected(worker: Worker, job: Job) -> None:
-    answer = worker.ask(json.dumps(dataclasses.asdict(job)))
+    answer = worker.ask(json.dumps(job.request()))
     assert answer.pop("ok"), answer
     assert not faults(job, answer), answer
 
 
 def test_the_list_is_whole_and_has_nothing_twice() -> None:
     every = list(jobs())
-    assert len(set(every)) == len(every) < 600  # ten minutes on two cores
+    assert len(set(every)) == len(every) < 1500  # a quarter of an hour on two cores
     seen = Counter(job.handle.split()[0] for job in every)
     assert set(seen) == set(forms.FORMS)
+    assert {job.place for job in every if job.handle.startswith("block")} == {0, 1, 2, 3, 4}
     assert {job.arch for job in every} == {*NVIDIA, *AMD}
+    assert {job.kernel for job in every} == {"kernel", "reduce", "fragments_of"}
+    gated = {job.handle.split()[0] for job in every if "-> gate_silu" in job.handle}
+    assert gated == set(forms.FORMS)
     assert not any(job.arch in AMD for job in every if job.handle.startswith("mma_sp"))
 
 
@@ -48,6 +52,8 @@ def test_another_seed_takes_another_sample() -> None:
 
 
 def test_faults_are_seen() -> None:
-    job = SAMPLED[0]
-    found = {"spills": 8, "stack": 0, "in_lanes": False, "instructions": {"local": 1}}
-    assert len(faults(job, found)) == 5
+    job = next(job for job in jobs() if job.kernel == "kernel" and job.place == 0)
+    counts = {"local": 1}
+    found = {"spills": 8, "stack": 0, "shared": 2**20, "in_lanes": False, "instructions": counts}
+    assert len(faults(job, found)) == 6
+    assert len(faults(dataclasses.replace(job, place=1), found)) == 5  # may be refused at launch
