@@ -27,7 +27,8 @@ class Figures:
         where = machine.get("gpu") or f"{machine['threads']} threads of {machine['processor']}"
         versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime"))
         link = f"[figures](../benchmarks/results/{self.path.name})"
-        return f"{where}, {machine['date'][:10]}, {versions}; {link}."
+        load = f"load when it began {machine['load'].split()[0]}"  # above the threads: not alone
+        return f"{where}, {machine['date'][:10]}, {versions}; {load}; {link}."
 
 
 def newest(folder: Path, kind: str) -> Figures | None:

@@ -91,6 +91,7 @@ def test_the_fastest_recipe_within_the_limit_is_named(tmp_path: Path) -> None:
     ]
     machine = {
         "threads": "2",
+        "load": "0.5 0.4 0.4 (1, 5, 15 minutes)",
         "processor": "x",
         "date": "2026-01-01",
         "torch": "",
