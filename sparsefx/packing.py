@@ -137,7 +137,8 @@ class Packing:
         dtype = dtype or scales.dtype
         if self.layout == "block":
             values = self._wide(stored, in_features)[0]
-            flat = values_of(values.flatten(1), scales[:, None], (1, values[0].numel()), dtype)
+            whole = (1, self.block[0] * self.block[1])  # there may be no block to read it from
+            flat = values_of(values.flatten(1), scales[:, None], whole, dtype)
             return unpack_block(PackedBlock(flat.view(values.shape), *stored[1:]), in_features)
         bits = stored[0].view(torch.uint8 if self._is_narrow else torch.int8)
         codes = self._wide((bits, *stored[1:]), in_features)

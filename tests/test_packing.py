@@ -163,6 +163,15 @@ def test_zeros_and_no_elements(kind: str) -> None:
         assert torch.equal(rounded(zeros, kind, (1, 16)), zeros)
 
 
+@pytest.mark.parametrize("kind", ["", *LARGEST])
+@pytest.mark.parametrize(
+    "packing", [Packing("nm", n=2, m=4), Packing("bitmap"), Packing("block", block=(2, 4))]
+)
+def test_a_weight_of_zeros_alone_has_nothing_to_store(packing: Packing, kind: str) -> None:
+    stored = replace(packing, values=kind)
+    assert torch.equal(stored.unpack(stored.pack(torch.zeros(4, 8)), 8), torch.zeros(4, 8))
+
+
 def test_rows_of_x_become_whole_numbers_and_a_scale() -> None:
     x = torch.tensor([[1.0, -2.54, 0.03, 0.01], [0, 0, 0, 0]])
     codes, scales = quantised_rows(x)
