@@ -65,6 +65,19 @@ class PackedLinear(nn.Module):
             raise WeightIsPacked(what="a new weight cannot be assigned")
         super().register_parameter(name, param)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """As nn.Module has it; codes go along as bits: `half()` converts weights, not codes."""
+        codes = self.get_buffer("values").dtype
+        is_float = codes is torch.float8_e4m3fn
+        if is_float:
+            self.register_buffer("values", self.tensors[0].view(torch.int8), persistent=False)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            if is_float:
+                self.register_buffer("values", self.tensors[0].view(codes), persistent=False)
+        return self
+
     def extra_repr(self) -> str:
         """As nn.Linear writes it, and how the weight is stored."""
         stored = self.packing.values or "as they are"

@@ -184,6 +184,21 @@ def test_dense_rows_unpack() -> None:
     torch.testing.assert_close(result, layer(x))
 
 
+@pytest.mark.parametrize("kind", ["", "int8", "int4", "fp8"])
+@torch.no_grad()
+def test_conversions_change_numbers_and_no_codes(kind: str) -> None:
+    recipe = Recipe({"*": NM(2, 4, values=kind)})
+    model = sparsefx.sparsify(wide(), recipe, progress=False)
+    small = with_packed_weights(model, {}).to(torch.bfloat16)
+    assert isinstance(small.up, PackedLinear)
+    assert small.up.packing.values == kind
+    codes = Packing.of(NM(2, 4, values=kind)).pack(model.up.weight.detach())[0]
+    assert small.up.tensors[0].dtype == (codes.dtype if kind else torch.bfloat16)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    expected = model.up.double()(x.double())
+    torch.testing.assert_close(small.up(x).double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_bad_options_are_one_typed_error() -> None:
     with pytest.raises(errs.UnknownOption, match="memory"):
         sparsefx.compile(two(), memory="tiny")
