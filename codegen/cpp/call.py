@@ -6,6 +6,7 @@ The operator is registered once; which kernel runs is its `handle` argument. Reg
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import block_call
 from sparsefx.codegen.cpp.build import opened
-from sparsefx.codegen.cpp.operands import check_operands, misshapen, spread
+from sparsefx.codegen.cpp.operands import check_bias, check_extras, misshapen, spread
 from sparsefx.errors import DtypeMismatch
 from sparsefx.ops import linear_output
 from sparsefx.target import LINEAR_SCHEMA
@@ -71,6 +72,22 @@ def load(handle: str) -> Loaded:
     return Loaded(run, getattr(torch, dtype), codes, bool(has_bias), *sizes, bool(scaled), group)
 
 
+class Bound(NamedTuple):
+    """A weight and a bias that were checked, as the C function takes them for x of one width."""
+
+    kernel: Loaded
+    state: list[tuple[int, int]]
+    held: Sequence[object]  # copies that it points to, or weak references to what it points to
+    before: tuple[ctypes.c_void_p, ...]  # arguments from values to bias
+    after: tuple[ctypes.c_int64, ...]  # arguments from in_features to the count of values
+
+
+_Key = tuple[str, int, int, torch.dtype, bool, tuple[int, ...]]
+_BOUND: dict[_Key, Bound] = {}
+"""An entry goes when one of its tensors does, so that the ids in keys are those of the living."""
+_NO_EXTRAS = (ctypes.c_void_p * 0)()
+
+
 def linear(
     x: Tensor,
     packed: Sequence[Tensor],
@@ -89,31 +106,70 @@ def linear(
     """
     if handle.startswith(block_call.HANDLE):
         return block_call.linear(x, packed, bias, extras, handle, features)
-    kernel = load(handle)
-    values, keys, row_ptr, scales = _parts(kernel, packed)
-    _check(kernel, x, values, keys, row_ptr, scales, features)
-    check_operands(kernel, keys.shape[0], bias, extras)
+    given = packed if bias is None else [*packed, bias]
+    key = (handle, features, x.shape[-1], x.dtype, bias is None, tuple(map(id, given)))
+    bound = _BOUND.get(key)
+    if bound is None or bound.state != _state(given):
+        bound = _bind(key, x, packed, bias)
+    kernel = bound.kernel
+    if extras or kernel.extras:
+        check_extras(kernel, extras)
     y = linear_output(x, features)
-    if not y.numel():
+    size = y.numel()
+    if not size:
         return y
+    x = x.contiguous()
     operands = [spread(extra, y) for extra in extras]
-    tensors = [each.contiguous() for each in (x, values, keys)]
-    optional = [each if each is None else each.contiguous() for each in (row_ptr, scales, bias)]
     failed = kernel.run(
-        *[each.data_ptr() for each in tensors],
-        *[each if each is None else each.data_ptr() for each in optional],
-        (ctypes.c_void_p * len(operands))(*[each.data_ptr() for each in operands]),
+        x.data_ptr(),
+        *bound.before,
+        _pointers(operands) if operands else _NO_EXTRAS,
         y.data_ptr(),
-        y.numel() // features,
-        x.shape[-1],
-        keys.shape[0],
-        keys.shape[1],
-        values.numel(),
+        size // features,
+        *bound.after,
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("no memory for the copies that a sparse linear works on")
     return y
+
+
+def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (ctypes.c_void_p * len(tensors))(*[each.data_ptr() for each in tensors])
+
+
+def _state(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where each tensor begins, and its version: whatever moves or reshapes one changes these."""
+    return [(each.data_ptr(), each._version) for each in tensors]
+
+
+def _bind(key: _Key, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Bound:
+    """Checks a weight and a bias against the kernel and x, and remembers them.
+
+    Not those that may change unseen: tensors of inference mode, which have no version, and strided
+    ones, which are copied.
+    """
+    handle, features, width, *_ = key
+    kernel = load(handle)
+    parts = _parts(kernel, packed)
+    values, keys, *optional = parts
+    _check(kernel, x, *parts, features)
+    check_bias(kernel, keys.shape[0], bias)
+    given = [*packed] if bias is None else [*packed, bias]
+    laid = [each if each is None else each.contiguous() for each in (*optional, bias)]
+    laid = [values.contiguous(), keys.contiguous(), *laid]
+    before = tuple(ctypes.c_void_p(None if each is None else each.data_ptr()) for each in laid)
+    after = tuple(map(ctypes.c_int64, (width, *keys.shape, values.numel())))
+    if any(each.is_inference() or not each.is_contiguous() for each in given):
+        return Bound(kernel, [], laid, before, after)
+    forget = functools.partial(_forget, key)
+    weak = [weakref.ref(each, forget) for each in given]
+    _BOUND[key] = bound = Bound(kernel, _state(given), weak, before, after)
+    return bound
+
+
+def _forget(key: _Key, _: object) -> None:
+    _BOUND.pop(key, None)
 
 
 def _parts(

@@ -33,15 +33,35 @@ def check_operands(kernel: Takes, out: int, bias: Tensor | None, extras: Sequenc
 
     Raises ShapeMismatch, DtypeMismatch.
     """
-    if (bias is not None) is not kernel.has_bias or len(extras) != kernel.extras:
-        rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
-        raise misshapen("extras", torch.empty(len(extras), device="meta"), rule)
-    if bias is not None and bias.shape != (out,):
+    check_bias(kernel, out, bias)
+    check_extras(kernel, extras)
+
+
+def check_bias(kernel: Takes, out: int, bias: Tensor | None) -> None:
+    """The part of `check_operands` that is about the bias."""
+    if (bias is not None) is not kernel.has_bias:
+        raise _miscounted(kernel, "bias", int(bias is not None))
+    if bias is None:
+        return
+    if bias.shape != (out,):
         raise misshapen("bias", bias, f"the weight has {out} rows")
-    for operand in extras if bias is None else (bias, *extras):
-        if operand.dtype is not kernel.dtype:
-            name = "bias" if operand is bias else "an operand of the epilogue"
-            raise DtypeMismatch(name=name, dtype=operand.dtype, needed=kernel.dtype)
+    if bias.dtype is not kernel.dtype:
+        raise DtypeMismatch(name="bias", dtype=bias.dtype, needed=kernel.dtype)
+
+
+def check_extras(kernel: Takes, extras: Sequence[Tensor]) -> None:
+    """The part of `check_operands` that is about the operands of the epilogue."""
+    if len(extras) != kernel.extras:
+        raise _miscounted(kernel, "extras", len(extras))
+    for extra in extras:
+        if extra.dtype is not kernel.dtype:
+            name = "an operand of the epilogue"
+            raise DtypeMismatch(name=name, dtype=extra.dtype, needed=kernel.dtype)
+
+
+def _miscounted(kernel: Takes, name: str, count: int) -> ShapeMismatch:
+    rule = f"the kernel takes bias={kernel.has_bias} and {kernel.extras} extras"
+    return misshapen(name, torch.empty(count, device="meta"), rule)
 
 
 def spread(extra: Tensor, y: Tensor) -> Tensor:
