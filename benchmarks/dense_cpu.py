@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.turns import Side
 from sparsefx.devices import last_level_cache
+from sparsefx.quantised_dense import int8_weights
 from sparsefx.timing import rotating
 
 INT4_BLOCK = 32
@@ -60,13 +61,17 @@ def _rivals(
         yield over_copies("torch eager", partial(F.linear, x), weight)
         yield over_copies("Inductor", partial(inductor, x), weight)
     if value_type == "int8":
-        codes = (weight / weight.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
-        scales, short = (weight.abs().amax(1) / 127).bfloat16(), x.bfloat16()
-        multiply = torch.ops.aten._weight_int8pack_mm.default
-        yield over_copies("torch int8 weights", lambda w: multiply(short, w, scales), codes)
+        yield from _int8_weights(weight, x.bfloat16())
     if value_type in models:
         names = {"fp32": "fp32", "int8": "int8 dynamic", "int4": "int4 MatMulNBits"}
         yield _session_side(f"onnxruntime {names[value_type]}", models[value_type], x)
+
+
+def _int8_weights(weight: Tensor, x: Tensor) -> Iterator[Side]:
+    product = int8_weights(weight)
+    if product is not None:
+        copies = rotating(product.operands, CPU, SESSIONS)
+        yield Side("torch int8 weights", [partial(product.bound(copy), x) for copy in copies])
 
 
 def over_copies(name: str, run: Callable[[Tensor], object], weight: Tensor) -> Side:

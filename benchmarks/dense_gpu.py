@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.cuda_graph import captured, copies_of
 from benchmarks.turns import Side
+from sparsefx.quantised_dense import int4_weights
 
 INT4_GROUP = 128
 FP8_LARGEST = 448.0
@@ -86,15 +87,11 @@ def _int8(x: Tensor, weight: Tensor) -> tuple[Run, tuple[Tensor, ...]]:
 
 
 def _int4(x: Tensor, weight: Tensor) -> tuple[Run, tuple[Tensor, ...]]:
-    out, width = weight.shape
-    groups = weight.float().view(out, width // INT4_GROUP, INT4_GROUP)
-    scales = groups.abs().amax(-1) / 7
-    codes = (groups / scales[..., None]).round().clamp(-8, 7).add(8).view(out, width).int()
-    bytes_ = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack(bytes_, 8)
-    factors = torch.stack([scales.t(), torch.zeros_like(scales.t())], -1).bfloat16().contiguous()
-    multiply = torch.ops.aten._weight_int4pack_mm
-    return lambda w: multiply(x, w[0], INT4_GROUP, w[1]), (packed, factors)
+    product = int4_weights(weight, INT4_GROUP)
+    if product is None:
+        raise NotImplementedError(f"int4 weights of {tuple(weight.shape)}")
+    bound = product.bound
+    return lambda w: bound(w)(x), product.operands
 
 
 def _scaled(tensor: Tensor, largest: float) -> tuple[Tensor, Tensor]:

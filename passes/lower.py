@@ -34,6 +34,14 @@ from sparsefx.target import Kernel, LinearSpec, Lowering, Target
 Judge = Callable[[LinearSpec, Tensor, Tensor | None, Lowering], guard.Verdict]
 """Compares a built kernel with dense: (spec, dense weight [out, in], bias, lowering) -> verdict."""
 
+Baseline = Callable[[LinearSpec, Tensor], float | None]
+"""Microseconds of the best quantised dense product: (spec, dense weight [out, in]); None: none."""
+
+
+def no_baseline(spec: LinearSpec, weight: Tensor) -> None:
+    """Where nothing is measured."""
+
+
 UNPACKED = "its weight is unpacked for each call (memory='small')"
 _STRIDE = 3  # kernels are asked for their tunings at every third rung
 
@@ -50,6 +58,7 @@ class Lower:
     proof: bool = True
     """Whether a kernel must win; False is guard="off"."""
     costs: Costs = field(default=NO_COSTS, compare=False)
+    baseline: Baseline = field(default=no_baseline, compare=False)
     name: str = "lower"
     stage: str = "lowered"
 
@@ -121,6 +130,7 @@ def _lower(options: Lower, packed: PackedNode) -> int:
         if built is None and work.kernels(packing):
             built, verdict = (_by_rows if vary else _for_all_rows)(work, packing)
             asked = [verdict] if built and verdict else asked + ([verdict] if verdict else [])
+    _tell_baseline(work)
     _tell_times(packed, min(asked, key=lambda verdict: verdict.ratio, default=None))
     _replace(packed, built or _otherwise(work))
     return int(built is not None)
@@ -163,6 +173,15 @@ def _by_rows(work: _Work, packing: Packing) -> _Outcome:
     otherwise = "unpacked" if work.packed.is_packed_only else "dense"
     work.packed.ctx.update(work.packed.node, by_rows=table.text(otherwise))
     return by_rows_form(work.packed, table, work.options.name), table.verdict
+
+
+def _tell_baseline(work: _Work) -> None:
+    """Beside the times: what a dense product of such values takes. It decides nothing."""
+    packed = work.packed
+    spec = packed.spec(packed.packing)
+    if spec.values and not packed.refusal(spec):
+        us = work.options.baseline(spec, packed.dense())
+        packed.ctx.update(packed.node, quantised_us=us)
 
 
 def _tell_times(packed: PackedNode, verdict: guard.Verdict | None) -> None:

@@ -15,7 +15,7 @@ from sparsefx.passes.fuse_attention import FuseAttention
 from sparsefx.passes.fuse_epilogue import FuseEpilogue
 from sparsefx.passes.fuse_gated_mlp import FuseGatedMLP
 from sparsefx.passes.insert_masks import InsertMasks
-from sparsefx.passes.lower import Judge, Lower
+from sparsefx.passes.lower import Baseline, Judge, Lower, no_baseline
 from sparsefx.passes.lower_attention import AttentionJudge, LowerAttention
 from sparsefx.passes.merge_projections import MergeProjections
 from sparsefx.passes.pack_bitmap import PackBitmap
@@ -34,13 +34,14 @@ _NOTHING: Mapping[str, Pattern] = MappingProxyType({})
 class Judges:
     """Who says whether a kernel wins; `proof`: whether it must (False is guard="off").
 
-    costs: what choosing by rows and unpacking cost.
+    costs: what choosing by rows and unpacking cost; baseline: of quantised weights, for the report.
     """
 
     linear: Judge
     attention: AttentionJudge
     proof: bool
     costs: Costs = NO_COSTS
+    baseline: Baseline = no_baseline
 
 
 def inference(
@@ -50,7 +51,7 @@ def inference(
     patterns: Mapping[str, Pattern] = _NOTHING,
 ) -> tuple[Pass, ...]:
     """For torch.compile without gradients: down to kernels; patterns: as `Detect` takes them."""
-    lower = Lower(target, judges.linear, judges.proof, judges.costs)
+    lower = Lower(target, judges.linear, judges.proof, judges.costs, judges.baseline)
     return (
         *packing(wanted, patterns),
         *stacking(lower),

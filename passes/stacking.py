@@ -10,7 +10,7 @@ from sparsefx.dense_weights import Stack
 from sparsefx.guard import MARGIN
 from sparsefx.mutation import changed_in_graph
 from sparsefx.ops import linear_output
-from sparsefx.passes.lower import Lower
+from sparsefx.passes.lower import Lower, no_baseline
 from sparsefx.passes.packed_node import PackedNode, packed_stack
 from sparsefx.passes.store import PackedWeight
 from sparsefx.pipeline import PassContext
@@ -145,7 +145,7 @@ def trial(lower: Lower, packed: PackedNode) -> Row:
     gm.graph.output(gm.graph.node_copy(packed.node, inputs.__getitem__))
     ctx, key = packed.ctx, str(packed.node.meta["sparsefx_row"])
     alone = PassContext(weights=ctx.weights, dense=ctx.dense, rows={key: ctx.rows[key]})
-    lower(gm, alone)
+    replace(lower, baseline=no_baseline)(gm, alone)
     return alone.rows[key]
 
 

@@ -6,7 +6,7 @@ which does the epilogue too, must beat a lower bound of the dense cost. docs/gua
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ MARGIN = 0.97
 FLOPS_LIMIT = {"cpu": 4 * 10**9, "cuda": 10**12}
 ROWS_FLOOR = 32
 
-_PROTOCOL = "2"  # counts changes in how this module measures; older timings are then not read
+PROTOCOL = "2"  # counts changes in how this module measures; older timings are then not read
 _SEED = 0
 
 
@@ -96,18 +96,30 @@ def measure(
     two digits share the answer; those in `tuned` come first. Raises KernelRunFailed.
     """
     device = torch.device(device)
-    asked, spec = max(1, spec.rows), replace(spec, rows=_runnable_rows(spec, device))
-    key = _key(spec, lowering, device)
+    asked, spec = max(1, spec.rows), replace(spec, rows=runnable_rows(spec, device))
+    verdict = answered(
+        _key(spec, lowering, device),
+        lambda: _measured(spec, weight, bias, lowering, device),
+        cache,
+        tuned,
+    )
+    return _scaled(verdict, asked / spec.rows)
+
+
+def answered(
+    key: Mapping[str, str], find: Callable[[], Verdict], cache: Path, tuned: Tuned | None = None
+) -> Verdict:
+    """The verdict on a question: of `tuned`, this process, the cache, or else that of `find`."""
     known = _known(cache)
     name = json.dumps(key, sort_keys=True)
     if name not in known or (tuned is not None and name not in tuned.asked):
         shipped = None if tuned is None else _read(tuned.find(key))
         verdict = shipped or known.get(name) or _read(diskcache.recall(cache / "timings", key))
         if verdict is None:
-            verdict = _measured(spec, weight, bias, lowering, device)
+            verdict = find()
             diskcache.remember(cache / "timings", key, asdict(verdict))
         known[name] = verdict
-    return _scaled(known[name], asked / spec.rows)
+    return known[name]
 
 
 def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> Verdict:
@@ -172,11 +184,11 @@ def _measured(
 ) -> Verdict:
     weight = weight.detach().to(device)
     bias = None if bias is None else bias.detach().to(device)
-    x, extras = _inputs(spec, spec.rows, device)
+    x, extras = inputs(spec, spec.rows, device)
     return _compare(_Case(spec, lowering, weight, bias, x, extras), device)
 
 
-def _runnable_rows(spec: LinearSpec, device: torch.device) -> int:
+def runnable_rows(spec: LinearSpec, device: torch.device) -> int:
     """The rows of the spec, or as many as can be run in the time there is."""
     row = 2 * spec.out_features * spec.in_features
     most = max(ROWS_FLOOR, FLOPS_LIMIT[device.type] // max(1, row))
@@ -189,7 +201,8 @@ def _scaled(verdict: Verdict, scale: float) -> Verdict:
     return replace(verdict, dense_us=verdict.dense_us * scale, sparse_us=verdict.sparse_us * scale)
 
 
-def _inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+def inputs(spec: LinearSpec, rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Random x [rows, in] and operands of the epilogue, each time the same."""
     generator = torch.Generator(device).manual_seed(_SEED)  # the global generator is the user's
     steps = epilogue.parse(spec.epilogue)
     operands = [int(step.operand or 0) for step in steps if step.op in epilogue.BINARY]
@@ -228,7 +241,7 @@ def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str
         "handle": lowering.handle,
         "kernel": lowering.text,
         **devices.surroundings(device),
-        "protocol": _PROTOCOL,
+        "protocol": PROTOCOL,
     }
 
 

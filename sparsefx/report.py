@@ -11,11 +11,12 @@ from sparsefx.report_rows import Row as Row
 from sparsefx.report_rows import Totals as Totals
 from sparsefx.report_rows import total
 
-_VERSION = 3  # of the JSON form
+_VERSION = 4  # of the JSON form
 # version -> fields that a row has since then
 _SINCE = {
     2: {"skipped", "lost_mass", "crossover", "thresholds"},
     3: {"by_rows", "kept_bytes", "merged"},
+    4: {"quantised_us"},
 }
 
 

@@ -141,9 +141,10 @@ def _first(at: int, row: Row, graphs: bool) -> tuple[str, str]:
 def _fate(row: Row) -> str:
     style = "sparse" if row.kernel else "dense"
     merged = f"one call with {row.merged}" if row.merged else ""
+    why = "; ".join(filter(None, (row.reason or merged, words.quantised(row))))
     return (
         f'<td class="fate"><span class="badge {style}">{text(row.kernel) or "dense"}</span> '
-        f'<span class="why">{text(row.reason or merged)}</span></td>'
+        f'<span class="why">{text(why)}</span></td>'
     )
 
 

@@ -25,6 +25,8 @@ class Row:
     bytes: dense and stored bytes of the weight, and those that the compiled model keeps in memory:
     dense and packed, or packed alone (memory="small"). merged: the other layers that the same call
     computes, e.g. "k_proj, v_proj"; times and bytes but the dense are then this one's share.
+    quantised_us: of a weight with quantised values, the time of the best quantised dense product
+    that torch has for it here, None where there is none or nothing was measured; for information.
 
     Of an attention: error: relative output error of the layer, |O - dense| / |dense| in the 2-norm,
     on the calibration data; skipped: share of tiles (or elements) that these data skipped in this
@@ -53,6 +55,7 @@ class Row:
     by_rows: str = ""
     kept_bytes: int = 0
     merged: str = ""
+    quantised_us: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -70,7 +73,8 @@ class Row:
 
     def violations(self) -> list[str]:
         """What breaks the promise "a kernel with two times, or a reason"; empty if nothing does."""
-        numbers = {"dense_us": self.dense_us, "sparse_us": self.sparse_us, "error": self.error}
+        names = ("dense_us", "sparse_us", "error", "quantised_us")
+        numbers = {name: getattr(self, name) for name in names}
         found = [
             f"{field} is {value}"
             for field, value in numbers.items()
@@ -159,7 +163,7 @@ def shared(changes: Mapping[str, object], share: float) -> dict[str, object]:
     """New fields of a row whose layer is a `share` of a call: its part of the times and bytes."""
     parts = dict(changes)
     for name, value in changes.items():
-        if name in ("dense_us", "sparse_us") and isinstance(value, float):
+        if name in ("dense_us", "sparse_us", "quantised_us") and isinstance(value, float):
             parts[name] = value * share
         if name in ("stored_bytes", "kept_bytes") and isinstance(value, int):
             parts[name] = round(value * share)

@@ -151,10 +151,12 @@ def _attention_cells(row: Row, frame: _Frame) -> dict[str, str]:
 
 
 def _runs(row: Row, frame: _Frame) -> str:
-    if not row.kernel:
-        return f"dense [{frame.numbers[row.reason]}]"
-    runs = row.by_rows or row.kernel
-    return words.printable(f"{runs} with {row.merged}" if row.merged else runs)
+    if row.kernel:
+        runs = row.by_rows or row.kernel
+        runs = words.printable(f"{runs} with {row.merged}" if row.merged else runs)
+    else:
+        runs = f"dense [{frame.numbers[row.reason]}]"
+    return "; ".join(filter(None, (runs, words.quantised(row))))
 
 
 def _times(row: Row) -> dict[str, str]:

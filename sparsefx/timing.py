@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 from sparsefx.devices import MEGABYTE, last_level_cache
 
 Copy = tuple[Tensor, ...]
-Run = Callable[[Copy], Tensor]
+C = TypeVar("C")
+RunOn = Callable[[C], Tensor]
+Run = RunOn[Copy]
 
 SECONDS = 0.1  # aim of one comparison
 FEWEST, MOST = 5, 400  # pairs
@@ -41,15 +45,22 @@ def paired(first: Run, second: Run, tensors: Copy, device: torch.device) -> Timi
 
     The two alternate, and so does which goes first, so that other load and clock changes meet both.
     """
+    return paired_over(first, second, partial(rotating, tensors, device), device)
+
+
+def paired_over(
+    first: RunOn[C], second: RunOn[C], copies: Callable[[int], Sequence[C]], device: torch.device
+) -> Timing:
+    """The same on what `copies` makes, at most as many as it is told to."""
     on_gpu = device.type == "cuda"
     pairs = _cuda_pairs if on_gpu else _cpu_pairs
     with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-        warm = pairs(first, second, iter([tensors] * 2))
+        warm = pairs(first, second, iter([*copies(1)] * 2))
         early, late = (min(column) for column in zip(*warm, strict=True))
         count = min(max(int(SECONDS * 1e6 / max(early + late, 1e-3)), FEWEST), MOST)
         if count == FEWEST and late > 2 * early:
             return _summary(warm)  # slow and hopeless, bound > 2: not worth an exact answer
-        turn = itertools.cycle(rotating(tensors, device, count))
+        turn = itertools.cycle(copies(count))
         return _summary(pairs(first, second, itertools.islice(turn, count)))
 
 
@@ -88,7 +99,7 @@ def _summary(times: Sequence[tuple[float, float]]) -> Timing:
     return Timing(statistics.median(firsts), statistics.median(seconds), ratios[rank - 1])
 
 
-def _cpu_pairs(first: Run, second: Run, copies: Iterator[Copy]) -> list[tuple[float, float]]:
+def _cpu_pairs(first: RunOn[C], second: RunOn[C], copies: Iterator[C]) -> list[tuple[float, float]]:
     times = []
     for index, copy in enumerate(copies):
         if index % 2:
@@ -100,13 +111,15 @@ def _cpu_pairs(first: Run, second: Run, copies: Iterator[Copy]) -> list[tuple[fl
     return times
 
 
-def _clock(run: Run, copy: Copy) -> float:
+def _clock(run: RunOn[C], copy: C) -> float:
     start = time.perf_counter_ns()
     run(copy)
     return (time.perf_counter_ns() - start) / 1e3
 
 
-def _cuda_pairs(first: Run, second: Run, copies: Iterator[Copy]) -> list[tuple[float, float]]:
+def _cuda_pairs(
+    first: RunOn[C], second: RunOn[C], copies: Iterator[C]
+) -> list[tuple[float, float]]:
     times: list[tuple[float, float]] = []
     while batch := list(itertools.islice(copies, _BATCH)):
         # The GPU sleeps while the batch is queued; otherwise events would time Python's launches.
@@ -118,7 +131,7 @@ def _cuda_pairs(first: Run, second: Run, copies: Iterator[Copy]) -> list[tuple[f
 
 
 def _record_pair(
-    first: Run, second: Run, copy: Copy, index: int
+    first: RunOn[C], second: RunOn[C], copy: C, index: int
 ) -> tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]:
     if index % 2:
         late = _record(second, copy)
@@ -127,7 +140,7 @@ def _record_pair(
     return (*early, *_record(second, copy))
 
 
-def _record(run: Run, copy: Copy) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def _record(run: RunOn[C], copy: C) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = _event(), _event()
     start.record()
     run(copy)

@@ -182,6 +182,22 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Report.from_json(tmp_path / "report.json") == report
 
 
+def test_a_quantised_dense_time_is_told_where_there_is_one(tmp_path: Path) -> None:
+    rows = [replace(LOWERED, quantised_us=310.4), replace(SLOWER, quantised_us=77.0), MODELLED]
+    report = Report("Llama", rows)
+    assert report.check() == []
+    text = " ".join(str(report).split())
+    page = " ".join(Page(html(report, tmp_path)).text)
+    for told in (text, page):
+        assert told.count("quantised dense") == 2
+    assert "quantised dense 310 us" in page and "quantised dense 77 us" in page
+    assert replace(report.totals, error=None) == replace(
+        Report("x", [LOWERED, SLOWER, MODELLED]).totals, error=None
+    ), "it is no bar"
+    (complaint,) = Report("bad", [replace(LOWERED, quantised_us=-1.0)]).check()
+    assert "quantised_us is -1.0" in complaint
+
+
 def test_nan_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -190,10 +206,10 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
 
 
 def _edit(change: str) -> bytes:
-    data = {"version": 3, "title": "t", "facts": {}, "rows": [{f.name: "" for f in fields(Row)}]}
+    data = {"version": 4, "title": "t", "facts": {}, "rows": [{f.name: "" for f in fields(Row)}]}
     match change:
         case "version":
-            data["version"] = 4
+            data["version"] = 5
         case "title":
             data["title"] = None
         case "facts":
@@ -211,8 +227,8 @@ def _edit(change: str) -> bytes:
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[]", "version 1 or 2 or 3"),
-        (_edit("version"), "version 1 or 2 or 3"),
+        (b"[]", "version 1 or 2 or 3 or 4"),
+        (_edit("version"), "version 1 or 2 or 3 or 4"),
         (_edit("title"), "title"),
         (_edit("facts"), "fact"),
         (_edit("field"), "fields"),

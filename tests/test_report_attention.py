@@ -129,8 +129,12 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 NEW = {
-    1: ("skipped", "lost_mass", "crossover", "thresholds", "by_rows", "kept_bytes", "merged"),
-    2: ("by_rows", "kept_bytes", "merged"),
+    1: (
+        *("skipped", "lost_mass", "crossover", "thresholds"),
+        *("by_rows", "kept_bytes", "merged", "quantised_us"),
+    ),
+    2: ("by_rows", "kept_bytes", "merged", "quantised_us"),
+    3: ("quantised_us",),
 }
 
 
@@ -140,7 +144,7 @@ def test_a_report_of_an_older_version_is_read(tmp_path: Path, version: int) -> N
     report = Report("Llama", [LOWERED, DENSE])
     report.to_json(path)
     data = json.loads(path.read_text())
-    assert data["version"] == 3
+    assert data["version"] == 4
     data["version"] = version
     path.write_text(json.dumps(data))
     with pytest.raises(InvalidReport, match="does not have the fields"):
@@ -151,9 +155,9 @@ def test_a_report_of_an_older_version_is_read(tmp_path: Path, version: int) -> N
     ]
     path.write_text(json.dumps(data))
     assert Report.from_json(path) == report
-    data["version"] = 3
+    data["version"] = 4
     path.write_text(json.dumps(data))
-    with pytest.raises(InvalidReport, match="does not have the fields.*by_rows"):
+    with pytest.raises(InvalidReport, match="does not have the fields.*quantised_us"):
         Report.from_json(path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsefx import debug, timing
+from sparsefx import debug, quantised_dense, timing
 from sparsefx import guard as guards
 from sparsefx.attention import guard as attention_guards
 from sparsefx.attention.wanted import Wanted
@@ -19,7 +19,7 @@ from sparsefx.devices import nearest
 from sparsefx.errors import NonFiniteWeight, UnknownOption
 from sparsefx.passes import pipelines
 from sparsefx.passes.apply_recipe import ApplyRecipe
-from sparsefx.passes.lower import Judge
+from sparsefx.passes.lower import Baseline, Judge, no_baseline
 from sparsefx.passes.lower_attention import AttentionJudge
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.spec import Pattern, Recipe
@@ -53,7 +53,11 @@ def make_plan(
     """
     pipelines.check_skipped()
     judges = pipelines.Judges(
-        _judge(request), _attention_judge(request), request.guard != "off", _costs(request)
+        _judge(request),
+        _attention_judge(request),
+        request.guard != "off",
+        _costs(request),
+        _baseline(request),
     )
     passes = pipelines.inference(request.target, judges, wanted, patterns or {})
     if recipe is not None and recipe.weights:
@@ -136,6 +140,12 @@ def _costs(request: Request) -> Costs:
     if request.guard != "measure":
         return NO_COSTS
     return Costs(dispatch_us(request.target.device), timing.least_us)
+
+
+def _baseline(request: Request) -> Baseline:
+    if request.guard != "measure":
+        return no_baseline
+    return partial(quantised_dense.measure, cache=debug.settings().cache, tuned=request.tuned)
 
 
 def _roofline(target: Target) -> str:
