@@ -26,6 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_names() -> None:
     assert [kernel.name for kernel in kernels()] == [
         "triton_mma_sp_linear",
+        "triton_parity_linear",
         "triton_nm_linear",
         "triton_bitmap_linear",
         "triton_block_linear",

@@ -90,6 +90,7 @@ def _beside(settings: Settings) -> Iterator[str]:
 
 def _specs() -> Iterator[tuple[str, LinearSpec]]:
     yield from _mma_sp()
+    yield from _parity()
     yield from _nm()
     yield from _bitmap()
     yield from _block()
@@ -101,6 +102,11 @@ def _mma_sp() -> Iterator[tuple[str, LinearSpec]]:
     for (pattern, values), dtype, rows in itertools.product(kinds, (_BF16, _FP16), (1, 16, 32, 64)):
         group = 128 if values == "int4" else 0
         yield "mma_sp", _spec("nm", dtype, rows, pattern, values=values, group=group)
+
+
+def _parity() -> Iterator[tuple[str, LinearSpec]]:
+    for dtype, rows in itertools.product((_BF16, _FP16), (1, 32, 64)):
+        yield "parity", _spec("nm", dtype, rows, (2, 4))
 
 
 def _nm() -> Iterator[tuple[str, LinearSpec]]:
