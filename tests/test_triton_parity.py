@@ -31,13 +31,13 @@ def spec_of(dtype: torch.dtype, width: int, epilogue: str = "") -> LinearSpec:
     return replace(linear_spec("2:4", dtype, epilogue), in_features=width)
 
 
-@pytest.mark.parametrize("width", [96, 512, 516])
-@pytest.mark.parametrize("rows", [1, 17, 64])
+@pytest.mark.parametrize(("rows", "width"), [(1, 96), (7, 512), (17, 516), (64, 128)])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_equals_the_meaning(dtype: torch.dtype, rows: int, width: int) -> None:
     case = make(with_rows(spec_of(dtype, width), rows), form="parity")
     case.check(case.launched())
-    case.check(case.run())  # bfloat16: the plain meaning, from what is stored
+    if dtype == BF16:
+        case.check(case.run())  # the plain meaning, from what is stored
 
 
 @pytest.mark.parametrize("epilogue", ["silu;add 0", "gate_silu", "gate_relu;mul 0"])
