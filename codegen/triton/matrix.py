@@ -139,6 +139,7 @@ def _block() -> Iterator[tuple[str, LinearSpec]]:
 def _gated() -> Iterator[tuple[str, LinearSpec]]:
     for rows in (1, 32):
         yield "mma_sp", _spec("nm", _BF16, rows, (2, 4), epilogue=GATED)
+        yield "parity", _spec("nm", _BF16, rows, (2, 4), epilogue=GATED)
         yield "nm", _spec("nm", _BF16, rows, (2, 4), epilogue=GATED)
         yield "bitmap", _spec("bitmap", _BF16, rows, epilogue=GATED)
         yield "block", _spec("block", _BF16, rows, block=(64, 64), epilogue=GATED)
