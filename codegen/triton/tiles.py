@@ -57,7 +57,8 @@ def tile_for(dtype: torch.dtype, rows: int, slots: int = 1) -> Tile:
         few = rows <= 16
         return Tile(out=64 if few else 32, rows=16 if few else 32, columns=32, warps=4)
     if rows <= 32 or slots > 8:
-        return Tile(out=64, rows=16 if rows <= 16 else 32, columns=64, warps=4)
+        columns = 64 if rows <= 16 or slots <= 8 else 32
+        return Tile(out=64, rows=16 if rows <= 16 else 32, columns=columns, warps=4)
     return Tile(out=128, rows=64, columns=64, warps=8)
 
 
