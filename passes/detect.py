@@ -27,6 +27,8 @@ from sparsefx.rewrite import arguments
 from sparsefx.spec import Pattern
 
 NOT_ASKED = "attention is dense: the recipe asks for no sparse attention"
+UNLOWERED = "convolution: it is dense in training and in ONNX files"
+"""What a convolution's row says unless `lower_conv` says more."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _other_row(options: Detect, row: Row, candidate: Candidate, ctx: PassContext
     if candidate.op == "layer":
         return replace(row, reason="its linears are inside one operator, which is left as it is")
     if candidate.op == "conv":
-        return replace(row, reason="convolution: there is no sparse kernel for convolutions yet")
+        return replace(row, reason=UNLOWERED)
     if candidate.op == "experts":
         return replace(row, reason="a stack of expert weights: no kernel takes 3-d weights yet")
     if candidate.weight is None:

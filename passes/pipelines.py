@@ -17,6 +17,7 @@ from sparsefx.passes.fuse_gated_mlp import FuseGatedMLP
 from sparsefx.passes.insert_masks import InsertMasks
 from sparsefx.passes.lower import Baseline, Judge, Lower, no_baseline
 from sparsefx.passes.lower_attention import AttentionJudge, LowerAttention
+from sparsefx.passes.lower_conv import ConvJudge, LowerConv
 from sparsefx.passes.merge_projections import MergeProjections
 from sparsefx.passes.pack_bitmap import PackBitmap
 from sparsefx.passes.pack_block import PackBlock
@@ -39,6 +40,7 @@ class Judges:
 
     linear: Judge
     attention: AttentionJudge
+    convolution: ConvJudge
     proof: bool
     costs: Costs = NO_COSTS
     baseline: Baseline = no_baseline
@@ -56,6 +58,7 @@ def inference(
         *packing(wanted, patterns),
         *stacking(lower),
         LowerAttention(target, judges.attention, judges.proof),
+        LowerConv(target, judges.convolution, judges.proof),
         lower,
     )
 
@@ -96,7 +99,7 @@ def check_skipped() -> None:
     attention = (FuseAttention.name, ThresholdSoftmax.name, LowerAttention.name)
     fused = (FuseGatedMLP.name, MergeProjections.name)
     packed = (each.name for each in packing())
-    known = (ApplyRecipe.name, *packed, *fused, *attention, Lower.name)
+    known = (ApplyRecipe.name, *packed, *fused, *attention, LowerConv.name, Lower.name)
     for name in sorted(debug.settings().skip):
         if name not in known:
             raise InvalidSetting(variable="SPARSEFX_SKIP", value=name, known=", ".join(known))

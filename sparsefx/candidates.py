@@ -138,7 +138,7 @@ def _path(node: fx.Node) -> str:
 def _linear(node: fx.Node) -> Iterator[Candidate]:
     position, transposed = _LINEARS[node.target]  # type: ignore[index]  # target is an overload here
     weight = arguments(node)[position]
-    if isinstance(weight, fx.Node) and _is_constant(weight) and weight.meta["val"].dim() == 2:
+    if isinstance(weight, fx.Node) and is_constant(weight) and weight.meta["val"].dim() == 2:
         yield Candidate(node, "linear", _layer_name(node, weight), weight, transposed)
     elif node.target is aten.linear.default:
         yield Candidate(node, "linear", module_path(node))
@@ -167,7 +167,8 @@ def _origin(factor: fx.Node) -> fx.Node | None:
     return node if node.op == "get_attr" and is_matrix else None
 
 
-def _is_constant(weight: fx.Node) -> bool:
+def is_constant(weight: fx.Node) -> bool:
+    """Whether it is a tensor of the model that the graph leaves as it is."""
     return weight.op == "get_attr" and not changed_in_graph(weight)
 
 

@@ -9,10 +9,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsefx import devices, diskcache, epilogue, timing
 from sparsefx.cost import linear_cost
@@ -98,12 +100,12 @@ def measure(
     device = torch.device(device)
     asked, spec = max(1, spec.rows), replace(spec, rows=runnable_rows(spec, device))
     verdict = answered(
-        _key(spec, lowering, device),
+        question(repr(replace(spec, density=round(spec.density, 2))), lowering, device),
         lambda: _measured(spec, weight, bias, lowering, device),
         cache,
         tuned,
     )
-    return _scaled(verdict, asked / spec.rows)
+    return scaled(verdict, asked / spec.rows)
 
 
 def answered(
@@ -195,7 +197,8 @@ def runnable_rows(spec: LinearSpec, device: torch.device) -> int:
     return min(max(1, spec.rows), most)
 
 
-def _scaled(verdict: Verdict, scale: float) -> Verdict:
+def scaled(verdict: Verdict, scale: float) -> Verdict:
+    """The same verdict where both take `scale` times as long."""
     if scale == 1:
         return verdict
     return replace(verdict, dense_us=verdict.dense_us * scale, sparse_us=verdict.sparse_us * scale)
@@ -233,10 +236,29 @@ def _check(case: _Case) -> tuple[float | None, str]:
     return compare(result, expected, case.spec.dtype)
 
 
-def _key(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str, str]:
+class Built(Protocol):
+    """A built kernel, as far as a question about it goes."""
+
+    @property
+    def op(self) -> OpOverload:
+        """The operator that calls it."""
+        ...
+
+    @property
+    def handle(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """Its source."""
+        ...
+
+
+def question(spec: str, lowering: Built, device: torch.device) -> dict[str, str]:
     """All that a timing depends on; also what a person reads in the cache file."""
     return {
-        "spec": repr(replace(spec, density=round(spec.density, 2))),
+        "spec": spec,
         "op": str(lowering.op),
         "handle": lowering.handle,
         "kernel": lowering.text,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from sparsefx.convolutions import ConvKernel
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -181,8 +183,8 @@ class Kernel(Protocol):
 class Target:
     """A kind of device: its name, the torch device type, its kernels, best guesses first.
 
-    `kernels` compute packed linears, `attention` sparse attentions. `roofline`: which entry of
-    devices.py plans for it; "" takes the device at hand.
+    `kernels` compute packed linears, `attention` sparse attentions, `convolutions` those with
+    sparse weights. `roofline`: which entry of devices.py plans for it; "" takes the device at hand.
     """
 
     name: str
@@ -190,6 +192,7 @@ class Target:
     kernels: tuple[Kernel, ...]
     roofline: str = ""
     attention: tuple[AttentionKernel, ...] = ()
+    convolutions: tuple[ConvKernel, ...] = ()
 
     def present(self) -> bool:
         """Whether this process can run on it."""

@@ -8,6 +8,7 @@ from sparsefx.api import targets
 from sparsefx.attention.guard import AttentionVerdict
 from sparsefx.attention.wanted import Wanted
 from sparsefx.compiler import Compiler, Plan
+from sparsefx.convolutions import ConvLowering, ConvSpec, Taps
 from sparsefx.guard import Verdict
 from sparsefx.passes import pipelines
 from sparsefx.session import Session
@@ -39,14 +40,21 @@ def refuse_attention(spec: AttentionSpec, lowering: AttentionLowering) -> Attent
     return AttentionVerdict(1.0, 2.0, "modelled", spec.keys, from_keys=None)
 
 
-JUDGES = pipelines.Judges(accept, accept_attention, proof=True)
+def accept_conv(
+    spec: ConvSpec, weight: Tensor, taps: Taps, bias: Tensor | None, lowering: ConvLowering
+) -> Verdict:
+    """A guard that lowers every sparse convolution."""
+    return Verdict(dense_us=2.0, sparse_us=1.0, how="modelled")
+
+
+JUDGES = pipelines.Judges(accept, accept_attention, accept_conv, proof=True)
 
 
 def eager_compiler(
     title: str, judge: object = accept, wanted: Wanted = pipelines.DENSE
 ) -> Compiler:
     """A backend that lowers what `judge` lets pass and leaves Inductor out."""
-    judges = pipelines.Judges(judge, accept_attention, proof=True)  # type: ignore[arg-type]
+    judges = pipelines.Judges(judge, accept_attention, accept_conv, proof=True)  # type: ignore[arg-type]
     passes = pipelines.inference(targets()["cpu"], judges, wanted)
     plan = Plan(passes, pipelines.training(frozenset()), emit=run_graph)
     return Compiler(plan, Session(title, "cpu", "test"))

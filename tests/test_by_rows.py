@@ -20,7 +20,7 @@ from sparsefx.pipeline import PassContext, run
 from sparsefx.report import Row
 from sparsefx.session import Session
 from sparsefx.target import LinearSpec, Lowering
-from tests.compilers import accept_attention
+from tests.compilers import accept_attention, accept_conv
 from tests.pass_models import FUSED, TWO_FOUR, WIDTH, bias, calls, one, sparse, transposed, x_of
 from tests.plain_target import PlainNM, plain
 
@@ -147,7 +147,7 @@ def test_one_compilation_serves_all_rows() -> None:
     """Through torch.compile and Inductor: no break, no second graph, right numbers everywhere."""
     torch._dynamo.reset()
     model = one(lambda s, x: F.relu(s.l(x)) + 1)
-    judges = pipelines.Judges(few_rows(8), accept_attention, proof=True)
+    judges = pipelines.Judges(few_rows(8), accept_attention, accept_conv, proof=True)
     plan = Plan(pipelines.inference(plain(), judges), (), inductor({}))
     session = Session("one", "plain", "test")
     fast = torch.compile(model, backend=Compiler(plan, session), dynamic=True, fullgraph=True)

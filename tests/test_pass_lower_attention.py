@@ -16,7 +16,7 @@ from sparsefx.report import Row
 from sparsefx.rewrite import Site
 from sparsefx.session import Session
 from sparsefx.target import AttentionLowering, AttentionSpec, Target
-from tests.compilers import accept, accept_attention, refuse_attention, run_graph
+from tests.compilers import accept, accept_attention, accept_conv, refuse_attention, run_graph
 from tests.plain_attention import CALLS, PlainSkip, plain
 
 FACTORS = (30.0, 60.0, 90.0, 120.0)
@@ -65,7 +65,7 @@ def compiled(
 ) -> tuple[Model, Any, Compiler]:
     torch._dynamo.reset()
     model = Model().eval()
-    judges = pipelines.Judges(accept, judge, proof)
+    judges = pipelines.Judges(accept, judge, accept_conv, proof)
     passes = pipelines.inference(target, judges, Wanted({"layer": known}))
     plan = Plan(passes, pipelines.training(frozenset()), emit=run_graph)
     compiler = Compiler(plan, Session("model", "cpu", "test"))

@@ -8,19 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsefx import debug, quantised_dense, timing
+from sparsefx import conv_guard, debug, quantised_dense, timing
 from sparsefx import guard as guards
 from sparsefx.attention import guard as attention_guards
 from sparsefx.attention.wanted import Wanted
 from sparsefx.attributes import count_nonfinite
 from sparsefx.by_rows import NO_COSTS, Costs, dispatch_us
 from sparsefx.compiler import Plan, inductor
+from sparsefx.convolutions import ConvLowering, ConvSpec, Taps
 from sparsefx.devices import nearest
 from sparsefx.errors import NonFiniteWeight, UnknownOption
 from sparsefx.passes import pipelines
 from sparsefx.passes.apply_recipe import ApplyRecipe
 from sparsefx.passes.lower import Baseline, Judge, no_baseline
 from sparsefx.passes.lower_attention import AttentionJudge
+from sparsefx.passes.lower_conv import ConvJudge
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.spec import Pattern, Recipe
 from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering, Target
@@ -55,6 +57,7 @@ def make_plan(
     judges = pipelines.Judges(
         _judge(request),
         _attention_judge(request),
+        _conv_judge(request),
         request.guard != "off",
         _costs(request),
         _baseline(request),
@@ -131,6 +134,23 @@ def _attention_judge(request: Request) -> AttentionJudge:
         spec: AttentionSpec, lowering: AttentionLowering
     ) -> attention_guards.AttentionVerdict:
         return attention_guards.model(spec, _roofline(target), cache=cache)
+
+    return measured if request.guard == "measure" else modelled
+
+
+def _conv_judge(request: Request) -> ConvJudge:
+    cache, target = debug.settings().cache, request.target
+
+    def measured(
+        spec: ConvSpec, weight: Tensor, taps: Taps, bias: Tensor | None, lowering: ConvLowering
+    ) -> guards.Verdict:
+        measure = partial(conv_guard.measure, cache=cache, tuned=request.tuned)
+        return measure(spec, weight, taps, bias, lowering, device=weight.device)
+
+    def modelled(
+        spec: ConvSpec, weight: Tensor, taps: Taps, bias: Tensor | None, lowering: ConvLowering
+    ) -> guards.Verdict:
+        return conv_guard.model(spec, _roofline(target), cache=cache)
 
     return measured if request.guard == "measure" else modelled
 

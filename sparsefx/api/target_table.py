@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
 from sparsefx.codegen.cpp.attention.kernels import ATTENTION_KERNELS as CPP_ATTENTION
+from sparsefx.codegen.cpp.conv import CONV_KERNELS as CPP_CONVOLUTIONS
 from sparsefx.codegen.cuda_library import LIBRARY_KERNELS
 from sparsefx.codegen.triton.attention.decode_kernels import DECODE_KERNELS
 from sparsefx.codegen.triton.attention.kernels import PREFILL_KERNELS
@@ -28,7 +29,9 @@ def targets() -> Mapping[str, Target]:
         for name in ("a100", "h100", "h200", "l4")
     }
     return {
-        "cpu": Target("cpu", "cpu", CPP_KERNELS, attention=CPP_ATTENTION),
+        "cpu": Target(
+            "cpu", "cpu", CPP_KERNELS, attention=CPP_ATTENTION, convolutions=CPP_CONVOLUTIONS
+        ),
         "cuda": Target("cuda", "cuda", linear, attention=attention),
         **planned,
     }

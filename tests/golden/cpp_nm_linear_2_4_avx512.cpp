@@ -817,18 +817,18 @@ static Cut cut_off(const Shape& shape, int64_t left, int64_t vectors, int64_t ba
 // with `lanes` rows of x after `lanes` rows.
 constexpr int64_t MOST_TILE = 4096;  // columns of a tile
 
-// sums[lane] += weights . x[lane] for one list. A multiply-add takes some four cycles, so that few
-// registers of sums are kept several times over.
-template <int VECTORS>
-static inline void meet(const Kept& kept, int64_t count, const float* x, float* sums) {
+// sums[lane] += values[i] * at(i)[lane] over a list of `count` weights, for VECTORS registers of
+// lanes. A multiply-add takes some four cycles, so that few registers of sums are kept several times.
+template <int VECTORS, class At>
+static inline void meet(const float* values, int64_t count, const At& at, float* sums) {
     constexpr int CHAINS = std::max(1, 4 / VECTORS);
     Vector acc[CHAINS][VECTORS] = {};
     const auto add = [&](int chain, int64_t i) {
-        const Vector weight = splat(kept.values[i]);
-        const float* column = x + int64_t(kept.columns[i]) * (VECTORS * FLOATS);
+        const Vector weight = splat(values[i]);
+        const float* x = at(i);
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v)
-            acc[chain][v] += weight * loaded<Vector>(column + v * FLOATS);
+            acc[chain][v] += weight * loaded<Vector>(x + v * FLOATS);
     };
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) acc[0][v] = loaded<Vector>(sums + v * FLOATS);
@@ -889,8 +889,12 @@ struct Desk {
 
     template <int VECTORS>
     void meet_all(const float* x, float* to) const {
-        for (int64_t r = 0; r < height; ++r)
-            meet<VECTORS>(lists[r], counts[r], x, to + r * VECTORS * FLOATS);
+        for (int64_t r = 0; r < height; ++r) {
+            const auto at = [&](int64_t i) {
+                return x + int64_t(lists[r].columns[i]) * (VECTORS * FLOATS);
+            };
+            meet<VECTORS>(lists[r].values, counts[r], at, to + r * VECTORS * FLOATS);
+        }
     }
 
     void meet_with(const float* x, float* to, int64_t vectors) const {
