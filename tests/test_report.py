@@ -182,7 +182,10 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Report.from_json(tmp_path / "report.json") == report
 
 
-def test_a_quantised_dense_time_is_told_where_there_is_one(tmp_path: Path) -> None:
+def test_a_quantised_dense_time_is_told_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line of the table is broken
     rows = [replace(LOWERED, quantised_us=310.4), replace(SLOWER, quantised_us=77.0), MODELLED]
     report = Report("Llama", rows)
     assert report.check() == []
