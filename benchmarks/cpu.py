@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks`, when run as a script
 
-from benchmarks import dense_cpu, peaks, record, turns
+from benchmarks import dense_cpu, dense_ort, peaks, record, turns
 from benchmarks.packed import PATTERNS, TOLERANCE, Packed, Storage, Stored
 from sparsefx import guard
 from sparsefx.codegen.cpp import TARGET_KERNELS
@@ -131,7 +131,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def storages(value_type: str, patterns: Sequence[str]) -> list[Storage]:
     """The ways to store a weight of a value type."""
-    kinds = {"int8": (("int8_dynamic", 0), ("int8", 0)), "int4": (("int4", dense_cpu.INT4_BLOCK),)}
+    kinds = {"int8": (("int8_dynamic", 0), ("int8", 0)), "int4": (("int4", dense_ort.INT4_BLOCK),)}
     kept = kinds.get(value_type, (("", 0),))
     return [Storage(pattern, *kind) for pattern in patterns for kind in kept]
 
@@ -143,7 +143,7 @@ class Group:
     value_type: str
     weight: Tensor
     inductor: dense_cpu.Linear
-    models: dict[str, bytes]
+    chains: dense_ort.Chains
     stored: list[Stored]
     rows: int
     seconds: float
@@ -156,13 +156,13 @@ def groups(options: argparse.Namespace) -> Iterator[Group]:
     quick = options.quick
     for shape in shapes or (SHAPES[:1] if quick else SHAPES):
         weight = torch.randn(shape)
-        models = dense_cpu.onnx_models(weight)
+        chains = dense_ort.Chains(weight)
         for value_type in options.type:
             typed = weight.to(DTYPES[value_type])
             patterns = options.pattern or (QUICK.get(value_type, ()) if quick else PATTERNS)
             fitting = [name for name in patterns if not PATTERNS[name].misfit(typed.shape)]
             stored = [Stored.of(each, typed) for each in storages(value_type, fitting)]
-            rivals = (dense_cpu.compiled(), models)
+            rivals = (dense_cpu.compiled(), chains)
             for rows in options.rows or ((1, 8) if quick else ROWS):
                 kept = stored
                 if 2 * typed.numel() * rows > LARGE:
@@ -179,7 +179,7 @@ def _is_plain_large(storage: Storage) -> bool:
 def measure(group: Group, speeds: peaks.Peaks) -> Iterator[Result]:
     """Lowers, checks and times everything in the group."""
     x = torch.randn(group.rows, group.weight.shape[1]).to(group.weight.dtype)
-    rivals = dense_cpu.rivals(group.value_type, group.weight, x, group.inductor, group.models)
+    rivals = dense_cpu.rivals(group.value_type, group.weight, x, group.inductor, group.chains)
     packed: dict[str, Packed] = {}
     reasons: dict[str, str] = {}
     for stored in group.stored:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.dense_cpu import onnx_models, session
+from benchmarks.dense_ort import onnx_models, session
 from sparsefx.cost import Cost
 
 SIZE = 1536  # of the square products
@@ -41,7 +41,7 @@ def cpu() -> Peaks:
     square = torch.randn(SIZE, SIZE)
     work = 2 * SIZE**3
     short = square.bfloat16()
-    eight = session(onnx_models(square)["int8"])
+    eight = session(onnx_models(square)["int8"].SerializeToString())
     int8 = work / _best(partial(eight.run, None, {"x": square.numpy()}))
     flops = {
         "fp32": work / _best(partial(F.linear, square, square)),
