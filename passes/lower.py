@@ -29,7 +29,7 @@ from sparsefx.passes.kernel_form import by_rows_form, kernel_form
 from sparsefx.passes.packed_node import PackedNode
 from sparsefx.pipeline import PassContext
 from sparsefx.rewrite import erase
-from sparsefx.target import Kernel, LinearSpec, Lowering, Target
+from sparsefx.target import Inspect, Kernel, LinearSpec, Lowering, Target, no_objections
 
 Judge = Callable[[LinearSpec, Tensor, Tensor | None, Lowering], guard.Verdict]
 """Compares a built kernel with dense: (spec, dense weight [out, in], bias, lowering) -> verdict."""
@@ -59,6 +59,7 @@ class Lower:
     """Whether a kernel must win; False is guard="off"."""
     costs: Costs = field(default=NO_COSTS, compare=False)
     baseline: Baseline = field(default=no_baseline, compare=False)
+    inspect: Inspect = field(default=no_objections, compare=False)
     name: str = "lower"
     stage: str = "lowered"
 
@@ -91,7 +92,8 @@ class _Work:
         if self.packed.refusal(specs[0]):
             return []
         ways = choice.proposed(kernels, specs)
-        return list(choice.built(ways, self.packed.packed_as(packing), self.reasons))
+        built = list(choice.built(ways, self.packed.packed_as(packing), self.reasons))
+        return choice.worth_timing(built, specs, self.options.inspect, self.reasons)
 
     def ask(self, spec: LinearSpec, lowering: Lowering) -> guard.Verdict:
         """The judge's verdict on a kernel for this node's weight, against what else would run."""

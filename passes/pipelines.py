@@ -25,7 +25,7 @@ from sparsefx.passes.pack_nm import PackNM
 from sparsefx.passes.threshold_softmax import ThresholdSoftmax
 from sparsefx.pipeline import Pass
 from sparsefx.spec import Pattern
-from sparsefx.target import Target
+from sparsefx.target import Inspect, Target, no_objections
 
 DENSE = Wanted()
 _NOTHING: Mapping[str, Pattern] = MappingProxyType({})
@@ -35,7 +35,8 @@ _NOTHING: Mapping[str, Pattern] = MappingProxyType({})
 class Judges:
     """Who says whether a kernel wins; `proof`: whether it must (False is guard="off").
 
-    costs: what choosing by rows and unpacking cost; baseline: of quantised weights, for the report.
+    costs: what choosing by rows and unpacking cost; baseline: of quantised weights, for the report;
+    inspect: which kernels are not worth judging.
     """
 
     linear: Judge
@@ -44,6 +45,7 @@ class Judges:
     proof: bool
     costs: Costs = NO_COSTS
     baseline: Baseline = no_baseline
+    inspect: Inspect = no_objections
 
 
 def inference(
@@ -53,7 +55,9 @@ def inference(
     patterns: Mapping[str, Pattern] = _NOTHING,
 ) -> tuple[Pass, ...]:
     """For torch.compile without gradients: down to kernels; patterns: as `Detect` takes them."""
-    lower = Lower(target, judges.linear, judges.proof, judges.costs, judges.baseline)
+    lower = Lower(
+        target, judges.linear, judges.proof, judges.costs, judges.baseline, judges.inspect
+    )
     return (
         *packing(wanted, patterns),
         *stacking(lower),

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from sparsefx.errors import KernelBuildFailed
 from sparsefx.guard import Verdict
-from sparsefx.target import Kernel, LinearSpec, Lowering
+from sparsefx.target import Inspect, Kernel, LinearSpec, Lowering
 
 CONFIGURATIONS = 8  # kernels of one node that are timed; those guessed best come first
 PROPOSALS = 2 * CONFIGURATIONS  # ways to run it that are built: some come out as the same kernel
@@ -95,6 +95,21 @@ def built(ways: Iterable[Way], packed: tuple[Tensor, ...], reasons: Reasons) -> 
                 elif (lowering.op, lowering.handle) not in seen:
                     seen.add((lowering.op, lowering.handle))
                     yield Offer(way.kernel, lowering)
+
+
+def worth_timing(
+    offers: Sequence[Offer], specs: Sequence[LinearSpec], inspect: Inspect, reasons: Reasons
+) -> list[Offer]:
+    """The offers to which `inspect` does not object at each of the specs."""
+    said = iter(inspect([(spec, offer.lowering) for offer in offers for spec in specs]))
+    kept = []
+    for offer in offers:
+        objections = [next(said) for _ in specs]
+        if all(objections):
+            reasons.add(offer.kernel, objections[0])
+        else:
+            kept.append(offer)
+    return kept
 
 
 @torch.no_grad()

@@ -99,29 +99,50 @@ def measure(
     """
     device = torch.device(device)
     asked, spec = max(1, spec.rows), replace(spec, rows=runnable_rows(spec, device))
-    verdict = answered(
-        question(repr(replace(spec, density=round(spec.density, 2))), lowering, device),
-        lambda: _measured(spec, weight, bias, lowering, device),
-        cache,
-        tuned,
-    )
+    key = _question(spec, lowering, device)
+    verdict = answered(key, lambda: _measured(spec, weight, bias, lowering, device), cache, tuned)
     return scaled(verdict, asked / spec.rows)
+
+
+def is_answered(
+    spec: LinearSpec,
+    lowering: Lowering,
+    *,
+    device: torch.device | str,
+    cache: Path,
+    tuned: Tuned | None = None,
+) -> bool:
+    """Whether `measure` would find the verdict, not take it."""
+    device = torch.device(device)
+    spec = replace(spec, rows=runnable_rows(spec, device))
+    return _recalled(_question(spec, lowering, device), cache, tuned) is not None
+
+
+def _question(spec: LinearSpec, lowering: Lowering, device: torch.device) -> dict[str, str]:
+    return question(repr(replace(spec, density=round(spec.density, 2))), lowering, device)
 
 
 def answered(
     key: Mapping[str, str], find: Callable[[], Verdict], cache: Path, tuned: Tuned | None = None
 ) -> Verdict:
     """The verdict on a question: of `tuned`, this process, the cache, or else that of `find`."""
+    verdict = _recalled(key, cache, tuned)
+    if verdict is None:
+        verdict = find()
+        diskcache.remember(cache / "timings", key, asdict(verdict))
+        _known(cache)[json.dumps(key, sort_keys=True)] = verdict
+    return verdict
+
+
+def _recalled(key: Mapping[str, str], cache: Path, tuned: Tuned | None) -> Verdict | None:
     known = _known(cache)
     name = json.dumps(key, sort_keys=True)
     if name not in known or (tuned is not None and name not in tuned.asked):
         shipped = None if tuned is None else _read(tuned.find(key))
         verdict = shipped or known.get(name) or _read(diskcache.recall(cache / "timings", key))
-        if verdict is None:
-            verdict = find()
-            diskcache.remember(cache / "timings", key, asdict(verdict))
-        known[name] = verdict
-    return known[name]
+        if verdict is not None:
+            known[name] = verdict
+    return known.get(name)
 
 
 def model(spec: LinearSpec, device_name: str, *, cache: Path | None = None) -> Verdict:

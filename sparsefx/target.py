@@ -4,7 +4,7 @@ A target is a tuple of kernels. A packed node goes to the fastest of those that 
 the guard, win. The kernels themselves live in codegen/; nothing here knows them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,6 +82,15 @@ class Lowering:
         stored = list(self.packed if packed is None else packed)
         result: Tensor = self.op(x, stored, bias, list(extras), self.handle, self.features)
         return result
+
+
+Inspect = Callable[[Sequence[tuple[LinearSpec, Lowering]]], list[str]]
+"""Compiles kernels side by side before they are timed -> for each why it is not worth it, or ""."""
+
+
+def no_objections(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
+    """The `Inspect` of kernels that lowering has compiled already."""
+    return [""] * len(asked)
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,7 @@ class Target:
 
     `kernels` compute packed linears, `attention` sparse attentions, `convolutions` those with
     sparse weights. `roofline`: which entry of devices.py plans for it; "" takes the device at hand.
+    `inspect` has the last word on which kernels of packed linears are timed.
     """
 
     name: str
@@ -193,6 +203,7 @@ class Target:
     roofline: str = ""
     attention: tuple[AttentionKernel, ...] = ()
     convolutions: tuple[ConvKernel, ...] = ()
+    inspect: Inspect = no_objections
 
     def present(self) -> bool:
         """Whether this process can run on it."""

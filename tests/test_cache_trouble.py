@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,8 @@ import sparsefx
 from sparsefx import diskcache, timing
 from sparsefx.codegen.cpp import build
 from sparsefx.report import Row
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +53,38 @@ def a_file(folder: Path) -> Path:
     path = folder / "file"
     path.write_text("no folder")
     return path
+
+
+TUNE = """
+import sys, torch
+import sparsefx
+from sparsefx import timing
+from tests.test_cache_trouble import compiled_row, is_judged
+timing.SECONDS = 0.01
+x = torch.randn(2, 64)
+print("ready", flush=True)
+sys.stdin.readline()
+row = compiled_row(x)
+assert is_judged(row), row
+"""
+
+
+def test_two_processes_that_tune_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both meet an empty cache, build the same kernels and leave one whole verdict on each."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SPARSEFX_CACHE", str(cache))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", TUNE], cwd=ROOT, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    assert [each.stdout.readline() for each in both] == ["ready\n"] * 2
+    for each in both:
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    assert [each.communicate(timeout=300) and each.returncode for each in both] == [0, 0]
+    verdicts = {path: json.loads(path.read_text()) for path in (cache / "timings").iterdir()}
+    assert verdicts and all(path.suffix == ".json" for path in verdicts)
+    before = {path: path.stat().st_mtime_ns for path in verdicts}
+    assert is_judged(compiled_row(torch.randn(2, 64)))  # a third finds what they left
+    assert {path: path.stat().st_mtime_ns for path in (cache / "timings").iterdir()} == before
 
 
 UNWRITABLE: dict[str, Callable[[Path], Path]] = {

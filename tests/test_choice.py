@@ -1,7 +1,7 @@
 """Of all kernels and all their tunings the fastest that is right and beats dense."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -129,3 +129,27 @@ def test_kernels_are_built_side_by_side() -> None:
     ways = choice.proposed([Waiting("a"), Waiting("b")], [SPEC])
     handles = [each.lowering.handle for each in choice.built(ways, (), choice.Reasons())]
     assert handles == ["a0", "b0"]
+
+
+@pytest.mark.parametrize(
+    ("refused", "left"),
+    [
+        ({("a0", 1), ("a0", 64)}, ["b0"]),
+        ({("a0", 64)}, ["a0", "b0"]),
+        ({("a0", 1), ("a0", 64), ("b0", 1), ("b0", 64)}, []),
+    ],
+)
+def test_what_is_refused_at_all_rows_is_not_timed(
+    refused: set[tuple[str, int]], left: list[str]
+) -> None:
+    def inspect(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
+        return ["it spills" * ((at.handle, spec.rows) in refused) for spec, at in asked]
+
+    reasons = choice.Reasons()
+    specs = [replace(SPEC, rows=rows) for rows in (1, 64)]
+    ways = choice.proposed([Tuned("a"), Tuned("b")], specs)
+    offers = list(choice.built(ways, (), reasons))
+    kept = choice.worth_timing(offers, specs, inspect, reasons)
+    assert [offer.lowering.handle for offer in kept] == left
+    gone = {"a0", "b0"} - set(left)
+    assert str(reasons) == "; ".join(f"{handle[0]}: it spills" for handle in sorted(gone))

@@ -155,7 +155,7 @@ def test_plain_meaning_where_nothing_can_launch(
     pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model compiled for a GPU runs on a machine without one and without an interpreter."""
-    monkeypatch.setattr(library, "_interpreting", lambda: False)
+    monkeypatch.setattr(library, "interpreting", lambda: False)
     monkeypatch.setattr("sparsefx.codegen.triton.launch.linear", None)
     case = make(linear_spec(pattern, dtype, "mul 0"))
     assert case.x.dtype == dtype

@@ -300,7 +300,7 @@ def test_operator(form: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Non
     one = case(form=form, v_mean=True)
     launched = one.operator()
     assert torch.equal(launched, one.run()[0])
-    monkeypatch.setattr(library, "_interpreting", lambda: False)
+    monkeypatch.setattr(library, "interpreting", lambda: False)
     torch.testing.assert_close(one.operator(), launched)
 
 

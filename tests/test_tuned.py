@@ -1,7 +1,7 @@
 """Tuning results as a file: what was measured once is not measured again."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import torch
 
 import sparsefx
 from sparsefx import debug, guard, timing, tuned
+from sparsefx.api.target_table import targets
 from sparsefx.errors import InvalidTuning, UnknownOption
+from sparsefx.target import LinearSpec, Lowering
 from sparsefx.tuned import Tuned
 from tests.guard_kernels import CALLS, SPEC, layer, lowering
 from tests.test_api import two
@@ -149,3 +151,40 @@ def test_another_question_is_another_entry(tmp_path: Path) -> None:
         guard.measure(spec, weight, bias, made, device="cpu", cache=tmp_path / "both")
     tuned.write(tmp_path / "t.json", guard.known(tmp_path / "both"))
     assert len(Tuned.read(tmp_path / "t.json").entries) == 2
+
+
+def test_it_is_known_whether_a_verdict_is_there(tmp_path: Path) -> None:
+    weight, _ = layer()
+    path, _ = written(tmp_path)
+
+    def answered(cache: str, text: str = TEXT, results: Tuned | None = None) -> bool:
+        made, folder = lowering("right", weight, text), tmp_path / cache
+        return guard.is_answered(SPEC, made, device="cpu", cache=folder, tuned=results)
+
+    assert answered("first") and not answered("other") and not answered("first", "another kernel")
+    assert answered("other", results=Tuned.read(path))
+    assert not CALLS
+
+
+@torch.no_grad()
+def test_kernels_are_inspected_before_their_first_timing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path))
+    seen: list[str] = []
+
+    def inspect(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
+        seen.extend(lowering.handle for _, lowering in asked)
+        return ["it spills"] * len(asked)
+
+    target = replace(targets()["cpu"], inspect=inspect)
+    fast = sparsefx.compile(two(), target=target)
+    fast(torch.randn(2, 32))
+    rows = [row for row in sparsefx.explain(fast).rows if row.pattern]
+    assert seen and rows and all("it spills" in row.reason for row in rows)
+
+    sparsefx.compile(two())(torch.randn(2, 32))
+    seen.clear()
+    again = sparsefx.compile(two(), target=target)
+    again(torch.randn(2, 32))
+    assert not seen, "what has been timed is not inspected again"

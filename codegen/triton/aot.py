@@ -28,13 +28,6 @@ from sparsefx.codegen.triton.form import Call
 from sparsefx.codegen.triton.loader import jitted
 from sparsefx.errors import KernelBuildFailed, UnknownOption
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 INSTRUCTIONS = {
     "mma": r"mma\.sync",
     "mma_sp": r"mma\.sp",
@@ -105,7 +98,7 @@ class StandIn:
 
     def get_current_target(self) -> GPUTarget:
         """What to compile for."""
-        return TARGETS[self.arch]
+        return gpu_target(self.arch)
 
 
 def compile_for(
@@ -118,10 +111,10 @@ def compile_for(
 ) -> Resources:
     """Compiles one `kernel` of `handle` as a launch with these sizes would, for `arch`.
 
-    Raises UnknownOption for an arch that is not in TARGETS or a kernel that the call does not
+    Raises UnknownOption for an arch that is no GPU's or a kernel that the call does not
     launch, InvalidHandle, KernelBuildFailed.
     """
-    _check_arch(handle, arch)
+    _check(handle, arch)
     loaded = launch.load(handle)
     problem = samples.problem(loaded.variant, loaded.form, rows, out_features, in_features)
     calls = {call.kernel: call for call in loaded.calls(problem)}
@@ -135,10 +128,10 @@ def compile_attention(
 ) -> Resources:
     """Compiles one `kernel` of the attention named `handle` as a call with these sizes would.
 
-    Raises UnknownOption for an arch that is not in TARGETS or a kernel that the call does not
+    Raises UnknownOption for an arch that is no GPU's or a kernel that the call does not
     launch, InvalidHandle, KernelBuildFailed.
     """
-    _check_arch(handle, arch)
+    _check(handle, arch)
     driver.set_active(StandIn(arch))  # the plan of a launch may depend on the device
     loaded = attention.load(handle)
     sample = attention.Sample.of(loaded.variant, batch, queries, keys)
@@ -148,9 +141,17 @@ def compile_attention(
     return _compile(handle, arch, loaded.module, calls[kernel])
 
 
-def _check_arch(handle: str, arch: str) -> None:
-    if arch not in TARGETS:
-        raise UnknownOption(option="arch", value=arch, known=", ".join(TARGETS))
+def gpu_target(arch: str) -> GPUTarget:
+    """What Triton calls a GPU named sm_90 or gfx942. Raises UnknownOption."""
+    if found := re.fullmatch(r"sm_(\d{2,3})", arch):
+        return GPUTarget("cuda", int(found[1]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise UnknownOption(option="arch", value=arch, known="sm_NN, gfxNNN")
+
+
+def _check(handle: str, arch: str) -> None:
+    gpu_target(arch)
     if knobs.runtime.interpret:
         raise KernelBuildFailed(kernel=handle, rule="TRITON_INTERPRET is set: nothing compiles")
 
@@ -195,7 +196,7 @@ def _ptxas(text: str, arch: str) -> tuple[int, int, int]:
     """Registers, spilled bytes and stack bytes, by ptxas -v: Triton's metadata lacks them."""
     from triton.backends.nvidia.compiler import get_ptxas  # which one depends on arch and version
 
-    number = TARGETS[arch].arch
+    number = gpu_target(arch).arch
     name = f"{arch}a" if int(number) >= 90 else arch
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"

@@ -53,10 +53,11 @@ def launches(x: Tensor, form: Form | None = None) -> bool:
     if form is not None and not form.interpretable:
         return False
     # Triton's interpreter computes bf16 on its bits, silently wrong (3.6 to 3.9)
-    return x.dtype != torch.bfloat16 and installed() and _interpreting()
+    return x.dtype != torch.bfloat16 and installed() and interpreting()
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, where it is installed."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

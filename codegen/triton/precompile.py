@@ -11,12 +11,18 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
+from sparsefx.codegen.triton import library
+from sparsefx.target import LinearSpec, Lowering
+
 PROCESSES = 4
+ENDED = "the compiler ended its process"
+IDLE = 20.0  # s after which processes that wait for work end; each takes seconds to start
 _SMALL = 128  # rows of W: how many there are is no part of a compiled kernel, but see `_small`
 
 
@@ -32,19 +38,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request: `error` is "" or why it did not compile; spills and shared bytes.
-
-    A kernel that spills registers is not worth timing.
-    """
+    """What became of a request: `error` is "" or why it did not compile; bytes spilled, shared."""
 
     error: str
     spills: int = 0
     shared: int = 0
 
+    @property
+    def fault(self) -> str:
+        """Why it is not worth timing, or "".
+
+        A kernel that does not compile says so itself when it is launched; one that ends the
+        compiler's process would end the user's.
+        """
+        spilled = "its registers do not suffice on this GPU: some spill to memory"
+        return ENDED if self.error == ENDED else spilled if self.spills else ""
+
 
 def architecture() -> str | None:
-    """The name in `aot.TARGETS` of the GPU at hand, or None where there is none."""
-    if not torch.cuda.is_available():
+    """What `aot` calls the GPU at hand; None where there is none or kernels are interpreted."""
+    if not torch.cuda.is_available() or not library.installed() or library.interpreting():
         return None
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
@@ -52,50 +65,69 @@ def architecture() -> str | None:
     return f"sm_{major}{minor}"
 
 
-def precompile(
-    requests: Sequence[Request],
-    arch: str,
-    processes: int = PROCESSES,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[Request, Outcome]:
-    """Compiles all `requests` for `arch`; `progress` is told (done, of) after each.
+def inspect(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
+    """`target.Inspect` for the GPU at hand: compiled, spilling nothing, within shared memory.
 
-    A process that the compiler ends is an outcome too: the others go on, and so does a new one.
+    Kernels of other operators, and all where no GPU compiles them, are taken as they are.
     """
-    distinct = list(dict.fromkeys(requests))
-    waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    for request in distinct:
-        waiting.put(request)
-    outcomes: dict[Request, Outcome] = {}
-
-    def work() -> None:
-        worker: _Worker | None = None
-        while (request := _next(waiting)) is not None:
-            worker = worker or _Worker()
-            answer = worker.ask(request, arch)
-            if answer is None:
-                worker.close()
-                worker = None
-            outcomes[request] = answer or Outcome("the compiler ended its process")
-            if progress is not None:
-                progress(len(outcomes), len(distinct))
-        if worker is not None:
-            worker.close()
-
-    count = min(processes, len(distinct))
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    arch = architecture()
+    if arch is None:
+        return [""] * len(asked)
+    requests = [_request(spec, lowering) for spec, lowering in asked]
+    outcomes = POOL.compile([each for each in requests if each is not None], arch)
+    return ["" if each is None else outcomes[each].fault for each in requests]
 
 
-def _next(waiting: "queue.SimpleQueue[Request]") -> Request | None:
-    try:
-        return waiting.get_nowait()
-    except queue.Empty:
+def _request(spec: LinearSpec, lowering: Lowering) -> Request | None:
+    if lowering.op is not torch.ops.sparsefx_triton.linear.default:
         return None
+    return Request(lowering.handle, max(1, spec.rows), spec.out_features, spec.in_features)
+
+
+@dataclass
+class Pool:
+    """Processes that compile, kept for the next kernels until they have waited for IDLE."""
+
+    processes: int = PROCESSES
+    _idle: "queue.LifoQueue[_Worker]" = field(default_factory=queue.LifoQueue)
+    closing: threading.Timer | None = None
+
+    def compile(self, requests: Sequence[Request], arch: str) -> dict[Request, Outcome]:
+        """Compiles each distinct request for `arch`.
+
+        A process that the compiler ends is an outcome too: the others go on, and so does a new one.
+        """
+        if self.closing is not None:
+            self.closing.cancel()
+        distinct = list(dict.fromkeys(requests))
+        with ThreadPoolExecutor(max_workers=self.processes) as threads:
+            found = list(threads.map(lambda request: self._answer(request, arch), distinct))
+        self.closing = threading.Timer(IDLE, self.close)
+        self.closing.daemon = True
+        self.closing.start()
+        return dict(zip(distinct, found, strict=True))
+
+    def close(self) -> None:
+        """Ends the processes that are waiting."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
+    def waiting(self) -> int:
+        """How many processes wait for work."""
+        return self._idle.qsize()
+
+    def _answer(self, request: Request, arch: str) -> Outcome:
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            worker = _Worker()
+        answer = worker.ask(request, arch)
+        if answer is None:
+            worker.close()
+            return Outcome(ENDED)
+        self._idle.put(worker)
+        return answer
 
 
 class _Worker:
@@ -126,6 +158,10 @@ class _Worker:
             return Outcome(str(answer["error"]))
         return Outcome("", int(answer["spills"]), int(answer["shared"]))
 
+    def is_running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Ends the process, if it has not ended by itself."""
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -153,3 +189,6 @@ def _small(out_features: int) -> int:
     if out_features <= _SMALL:
         return out_features
     return _SMALL + (out_features % 16 and 2 - out_features % 2)
+
+
+POOL = Pool()

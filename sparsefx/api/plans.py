@@ -1,6 +1,6 @@
 """What was asked for -> a Plan: the passes to run and who judges their kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,15 @@ from sparsefx.passes.lower_attention import AttentionJudge
 from sparsefx.passes.lower_conv import ConvJudge
 from sparsefx.prune.weights import prunable_weights
 from sparsefx.spec import Pattern, Recipe
-from sparsefx.target import AttentionLowering, AttentionSpec, LinearSpec, Lowering, Target
+from sparsefx.target import (
+    AttentionLowering,
+    AttentionSpec,
+    Inspect,
+    LinearSpec,
+    Lowering,
+    Target,
+    no_objections,
+)
 from sparsefx.tuned import Tuned
 
 
@@ -61,6 +69,7 @@ def make_plan(
         request.guard != "off",
         _costs(request),
         _baseline(request),
+        _inspect(request),
     )
     passes = pipelines.inference(request.target, judges, wanted, patterns or {})
     if recipe is not None and recipe.weights:
@@ -166,6 +175,21 @@ def _baseline(request: Request) -> Baseline:
     if request.guard != "measure":
         return no_baseline
     return partial(quantised_dense.measure, cache=debug.settings().cache, tuned=request.tuned)
+
+
+def _inspect(request: Request) -> Inspect:
+    """The target's word on kernels that are about to be timed: not on those with a verdict."""
+    if request.guard != "measure":
+        return no_objections
+    target, cache = request.target, debug.settings().cache
+    at = partial(guards.is_answered, device=target.device, cache=cache, tuned=request.tuned)
+
+    def inspect(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
+        unknown = [pair for pair in asked if not at(*pair)]
+        said = dict(zip(map(id, unknown), target.inspect(unknown), strict=True))
+        return [said.get(id(pair), "") for pair in asked]
+
+    return inspect
 
 
 def _roofline(target: Target) -> str:

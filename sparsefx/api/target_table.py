@@ -10,6 +10,7 @@ from sparsefx.codegen.cpp import TARGET_KERNELS as CPP_KERNELS
 from sparsefx.codegen.cpp.attention.kernels import ATTENTION_KERNELS as CPP_ATTENTION
 from sparsefx.codegen.cpp.conv import CONV_KERNELS as CPP_CONVOLUTIONS
 from sparsefx.codegen.cuda_library import LIBRARY_KERNELS
+from sparsefx.codegen.triton import precompile
 from sparsefx.codegen.triton.attention.decode_kernels import DECODE_KERNELS
 from sparsefx.codegen.triton.attention.kernels import PREFILL_KERNELS
 from sparsefx.codegen.triton.kernels import kernels as triton_kernels
@@ -32,7 +33,7 @@ def targets() -> Mapping[str, Target]:
         "cpu": Target(
             "cpu", "cpu", CPP_KERNELS, attention=CPP_ATTENTION, convolutions=CPP_CONVOLUTIONS
         ),
-        "cuda": Target("cuda", "cuda", linear, attention=attention),
+        "cuda": Target("cuda", "cuda", linear, attention=attention, inspect=precompile.inspect),
         **planned,
     }
 
