@@ -15,6 +15,7 @@ from sparsefx.errors import MissingCalibration, SparseFXError
 from sparsefx.model_files import DTYPES
 
 GUARDS = ("measure", "model", "off")
+EXPORT_GUARDS = ("measure", "off")
 FORMS = ("standard", "functions")
 TARGETS = ("cpu", "cuda", "a100", "h100", "h200", "l4")
 OPSETS = (20, 24)
@@ -133,6 +134,13 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="PATH",
         help="also compile kernels for its sparse linears into a library that onnxruntime's "
         "register_custom_ops_library loads (form: functions)",
+    )
+    command.add_argument(
+        "--guard",
+        choices=EXPORT_GUARDS,
+        default=EXPORT_GUARDS[0],
+        help="measure (default): the library leaves alone what it does not make faster here, at "
+        "these shapes; off: it takes all",
     )
     command.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSETS[0], help="default: %(default)s"

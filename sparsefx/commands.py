@@ -71,6 +71,7 @@ def export(args: argparse.Namespace) -> None:
         calibration=_calibration(model, args),
         form=args.form,
         library=args.ort_library,
+        guard=args.guard,
         opset=args.opset,
     )
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, checked against PyTorch")

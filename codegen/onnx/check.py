@@ -74,9 +74,11 @@ def check_file(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def session(path: Path, library: Path | None = None) -> onnxruntime.InferenceSession:
+def session(
+    path: Path, library: Path | None = None, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
     """The file in onnxruntime on the CPU: a stock one, or with a library of kernels."""
-    options = onnxruntime.SessionOptions()
+    options = options or onnxruntime.SessionOptions()
     if library is not None:
         options.register_custom_ops_library(str(library.absolute()))
     options.log_severity_level = 3  # errors only: a warning for each shape it cannot infer

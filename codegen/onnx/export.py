@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sparsefx.codegen.onnx.attention_nodes import WrittenAttention
 from sparsefx.codegen.onnx.check import Probe, check_file, difference, probes, session
 from sparsefx.codegen.onnx.lower import StoredWeight, lower
+from sparsefx.codegen.onnx.ort.guard import demote, losers
 from sparsefx.codegen.onnx.ort.library import LibraryFacts, refuse, staged_library, timed
 from sparsefx.codegen.onnx.translate import to_onnx, to_program
 from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
@@ -67,6 +68,7 @@ def export(
     form: str = "standard",
     opset: int = 20,
     library: Path | None = None,
+    guard: bool = True,
     check: bool = True,
     progress: bool = False,
     one_file: int = _ONE_FILE,
@@ -76,9 +78,10 @@ def export(
     gm: normal form, linears and attentions sparse or dense, masks folded. args, kwargs: example
     inputs (cloned: aliased ones give a wrong graph). dynamic_shapes: as torch.export takes them.
     form: "standard" or "functions" (lower.py). opset: 20 or 24. library: where to write kernels for
-    its packed linears (ort/), which need form="functions". reference: what gm must equal,
-    thresholds included (where gm has sparse attention, gm itself will do); with `check` it is
-    compared with onnxruntime at the example's sizes and, where sizes are dynamic, two others.
+    its packed linears (ort/), which need form="functions"; with `guard` and `check` it takes only
+    those that it makes faster at the example's sizes. reference: what gm must equal, thresholds
+    included (where gm has sparse attention, gm itself will do); with `check` it is compared with
+    onnxruntime at the example's sizes and, where sizes are dynamic, two others.
     progress: show a bar. one_file: bytes of weights above which they go to `<path>.data`.
 
     Raises UnknownOption, NotExportable (masks left, bfloat16, sparse attention in float64, opset),
@@ -108,6 +111,11 @@ def export(
                     fresh.insert(0, replace(fresh[0], leaves=tuple(pytree.tree_leaves(example))))
                 checks = _Checks(staged, path, fresh, reference, written.has_thresholds)
                 compared, built = checks.run(built)
+                if built is not None and guard and (slower := checks.slower(model, built)):
+                    demote(model, slower)
+                    _save(model, staged, path, one_file)
+                    built = replace(built, slower=frozenset(slower.values()))
+                    compared, built = checks.run(built)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
     seconds = time.perf_counter() - start
@@ -184,6 +192,11 @@ class _Checks:
         stock_ms, library_ms = timed(stock, ours, self.fresh[0])
         facts = replace(built, max_abs_error=worst, stock_ms=stock_ms, library_ms=library_ms)
         return compared, facts
+
+    def slower(self, model: ir.Model, built: LibraryFacts) -> dict[str, str]:
+        """The nodes that the library would not make faster, and their weights."""
+        with blame(self.path, "timing the library", "Pass guard='off', or report this model"):
+            return losers(model, self.staged, built.path, self.fresh[0])
 
     def _session(self, library: Path | None = None) -> onnxruntime.InferenceSession:
         what = "the file" if library is None else "the file with the library"

@@ -11,6 +11,9 @@ for each N:M, dtype, bias and epilogue.
     DecompressNM_<n>_<m>_<dtype>           (values, codes) => weight [out, in]
     DecompressDelta8_<dtype>  <shape>      (values, gaps) => weight [out, in]
 
+A node that a library would not make faster (ort/guard.py) has the domain "sparsefx.dense", which
+nothing registers a kernel for.
+
 The decompressors have names of their own because onnxruntime finds no overload from inside a
 function. Storage of the weights: storage.py. A decompressor may hold only operators that
 onnxruntime folds at load for fp32 and fp16. Not `Where`: it has no fp16 CPU kernel, so it stays and
@@ -28,6 +31,7 @@ from sparsefx.epilogue import Step, parse
 from sparsefx.formats import index_bits
 
 DOMAIN = "sparsefx"
+DENSE_DOMAIN = "sparsefx.dense"
 VERSION = 1
 
 _FUNCTION = """

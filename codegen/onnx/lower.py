@@ -138,7 +138,7 @@ def _lower_nm(node: ir.Node, state: _Lowering) -> None:
     n, m = node.attributes.get_int("n"), node.attributes.get_int("m")
     if values not in state.stored:
         out, kept = _array(values).shape
-        name = state.free_name(_parameter(values))
+        name = state.free_name(parameter(values))
         values.name, index.name = f"{name}.values", f"{name}.codes"
         weight = _stored(name, f"{n}:{m}", (out, kept * m // n), (values, index))
         state.stored[values] = values, index, weight
@@ -151,11 +151,11 @@ def _lower_bitmap(node: ir.Node, state: _Lowering) -> None:
     shape = (len(_array(bits)), _size(x.shape[-1]))
     if shape[0] * shape[1] >= _POSITIONS:
         raise NotExportable(
-            rule=f"{_parameter(values)} has 2^31 elements or more and delta8 counts in 32 bits",
+            rule=f"{parameter(values)} has 2^31 elements or more and delta8 counts in 32 bits",
             remedy="Leave this weight dense",
         )
     if values not in state.stored:
-        name = state.free_name(_parameter(values))
+        name = state.free_name(parameter(values))
         tensors = (torch.from_numpy(_array(_required(value))) for value in node.inputs[1:4])
         new = tuple(
             _initializer(state.model, f"{name}.{part}", tensor.numpy())
@@ -240,8 +240,8 @@ _MASKED_SUFFIX = re.compile(r"_masked(_\d+)?$")
 _PACKED_SUFFIX = re.compile(r"[._]values(_\d+)?$")
 
 
-def _parameter(values: ir.Value) -> str:
-    """ "mlp.up.weight" from "mlp.up.weight.values" or "mlp.up.weight_values"."""
+def parameter(values: ir.Value) -> str:
+    """The weight of stored values, by name: "up.weight" of "up.weight.values" or "..._values"."""
     return _PACKED_SUFFIX.sub("", str(values.name))
 
 

@@ -26,6 +26,8 @@ from sparsefx.pipeline import PassContext, run
 from sparsefx.report import Report
 from sparsefx.spec import Recipe
 
+EXPORT_GUARDS = ("measure", "off")
+
 
 def export_onnx(
     model: nn.Module,
@@ -38,6 +40,7 @@ def export_onnx(
     calibration: Iterable[object] | None = None,
     form: str | None = None,
     library: str | Path | None = None,
+    guard: str = "measure",
     check: bool = True,
     opset: int = 20,
 ) -> Report:
@@ -52,7 +55,9 @@ def export_onnx(
 
     library: also write a shared library with kernels for these nodes, for
     `SessionOptions.register_custom_ops_library` (form None is then "functions"). It is compiled by
-    g++; check compares it with PyTorch as well and times it. docs/ort_library.md says more.
+    g++; check compares it with PyTorch as well and times it. guard: "measure" leaves a node to the
+    stock runtime where the library does not make it faster at the example's shapes (with check),
+    "off" takes all of them. docs/ort_library.md says more.
 
     Returns a Report: a row for each candidate layer, and the file's size, nodes and largest
     difference among its facts (with attention thresholds: from the thresholded graph, which is
@@ -64,6 +69,8 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise UnknownOption(option="model", value=model, known="an nn.Module")
+    if guard not in EXPORT_GUARDS:
+        raise UnknownOption(option="guard", value=guard, known=", ".join(EXPORT_GUARDS))
     check_weights(model)
     batches = check_calibration(calibration)
     pipelines.check_skipped()
@@ -88,6 +95,7 @@ def export_onnx(
             form=form or ("standard" if library is None else "functions"),
             opset=opset,
             library=None if library is None else Path(library),
+            guard=guard == "measure",
             check=check,
             progress=True,
         )
@@ -109,6 +117,8 @@ def _library_facts(library: LibraryFacts | None) -> dict[str, str]:
     if library is None:
         return {}
     facts = {"library": f"{library.path.name}, {library.kernels} kernels, {library.bytes} bytes"}
+    if library.slower:
+        facts["weights that the library leaves alone"] = f"{len(library.slower)}: not faster here"
     if library.stock_ms is None or library.library_ms is None:
         return facts
     gain = library.stock_ms / library.library_ms
@@ -125,6 +135,18 @@ def _is_thresholded(gm: fx.GraphModule) -> bool:
     return any(node.target in ATTENTION_OPS for node in gm.graph.nodes)
 
 
+PACKED = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
+SLOWER = f"{PACKED}, and so does one with the library: its kernel is not faster here (measured)"
+
+
+def _packed_reason(library: LibraryFacts | None) -> tuple[str, set[str]]:
+    """Why a packed layer is as it is, and the layers that the library leaves alone."""
+    if library is None:
+        return PACKED, set()
+    slower = {weight.removesuffix(".weight") for weight in library.slower}
+    return f"{PACKED}, one with the library registered runs it sparse", slower
+
+
 def _export_report(
     model: nn.Module,
     ctx: PassContext,
@@ -132,15 +154,13 @@ def _export_report(
     seconds: float,
     effect: float | None,
 ) -> Report:
-    packed = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
-    if facts.library is not None:
-        packed += ", one with the library registered runs it sparse"
     why = {"attention": GAINS_NOTHING}
+    packed, slower = _packed_reason(facts.library)
     stored = {weight.name.removesuffix(".weight"): weight.stored_bytes for weight in facts.weights}
     rows = [
         replace(
             row,
-            reason=row.reason or why.get(row.op, packed),
+            reason=row.reason or why.get(row.op, SLOWER if row.name in slower else packed),
             stored_bytes=stored.get(row.name, row.dense_bytes),
         )
         for row in ctx.rows.values()

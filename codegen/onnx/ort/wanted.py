@@ -1,7 +1,5 @@
 """Which kernels the packed linears of an ONNX model need."""
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 import torch
 
@@ -11,7 +9,7 @@ from sparsefx.target import LinearSpec
 
 ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10}  # of ONNX, for the dtypes of the kernels
 _DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
-_LAYOUTS = {"NMLinear": "nm", "BitmapLinear": "bitmap"}
+LAYOUTS = {"NMLinear": "nm", "BitmapLinear": "bitmap"}
 
 
 def wanted(model: ir.Model) -> tuple[LinearSpec, ...]:
@@ -20,7 +18,7 @@ def wanted(model: ir.Model) -> tuple[LinearSpec, ...]:
     Raises NotExportable for float64, and where there is no packed linear at all.
     """
     nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
-    specs = tuple(_spec(node) for node in nodes if node.op_type in _LAYOUTS)
+    specs = tuple(_spec(node) for node in nodes if node.op_type in LAYOUTS)
     if not specs:
         raise NotExportable(
             rule="no weight of the model is stored packed, so a library has nothing to run",
@@ -40,11 +38,11 @@ def _spec(node: ir.Node) -> LinearSpec:
             remedy="Convert the model with .float() or .half(), or leave out library=",
         )
     n, m = (node.attributes.get_int(name, 0) for name in ("n", "m"))
-    out, width = _shape(node, stored.shape.numpy(), n, m)
+    out, width = dense_shape(node)
     epilogue = node.attributes.get_string("epilogue", "")
     extras = Variant(node.op_type, n, m, dtype, has_bias=False, epilogue=epilogue).extras
     return LinearSpec(
-        layout=_LAYOUTS[node.op_type],
+        layout=LAYOUTS[node.op_type],
         out_features=out,
         in_features=width,
         n=n,
@@ -58,8 +56,13 @@ def _spec(node: ir.Node) -> LinearSpec:
     )
 
 
-def _shape(node: ir.Node, stored: Sequence[int], n: int, m: int) -> tuple[int, int]:
-    if node.op_type == "NMLinear":
-        return stored[0], stored[1] // n * m
-    out, width = node.attributes.get_ints("shape")
-    return out, width
+def dense_shape(node: ir.Node) -> tuple[int, int]:
+    """[out, in] of the weight of a packed linear."""
+    if node.op_type != "NMLinear":
+        out, width = node.attributes.get_ints("shape")
+        return out, width
+    values = node.inputs[1]
+    assert values is not None
+    assert values.const_value is not None
+    out, kept = values.const_value.shape.numpy()
+    return out, kept // node.attributes.get_int("n") * node.attributes.get_int("m")
