@@ -14,6 +14,7 @@ import torch
 from sparsefx.codegen.cpp import CppLinear, build, call, emit, isa
 from sparsefx.codegen.cpp.attention import call as attention_call
 from sparsefx.codegen.cpp.attention import emit as attention_emit
+from sparsefx.codegen.cpp.operator import OPERATOR
 from sparsefx.errors import KernelBuildFailed, KernelNotFound
 from sparsefx.formats import pack_bitmap, pack_nm
 from sparsefx.target import LinearSpec, Lowering
@@ -49,7 +50,8 @@ def _forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and nothing loaded from another one."""
+    """An empty cache, and no kernel loaded from another one."""
+    OPERATOR.ready()  # else the first test builds it here
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path / "cache"))
@@ -196,6 +198,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSEFX_CACHE", str(folder))
         build.build("nm_2_4_float_portable", emit.source(_spec(), isa.PORTABLE), ())
+        uncalled = emit.source(_spec("scale 3.0", "bitmap"), isa.PORTABLE)
+        build.build("bitmap_float_portable", uncalled, ())
         text = attention_emit.source(_ATTENTION.spec(), isa.PORTABLE)
         build.build("block_float_portable", text, ())
     return folder
@@ -224,7 +228,7 @@ def test_a_damaged_library_is_built_again(
 def test_a_damaged_library_is_not_called(
     cache: Path, stored: Path, damage: Callable[[Path], None]
 ) -> None:
-    library = _take(stored, cache, "nm")
+    library = _take(stored, cache, "bitmap")
     damage(library)
     tensors = (torch.ones(4), list(pack_nm(_WEIGHT, 2, 4)), torch.ones(2), [])
     with pytest.raises(KernelNotFound, match=library.stem):

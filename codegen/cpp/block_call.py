@@ -1,6 +1,5 @@
 """Generated libraries of block-sparse linears: loaded and called by ctypes."""
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefx.codegen.cpp import library
 from sparsefx.codegen.cpp.build import opened
-from sparsefx.codegen.cpp.operands import check_operands, misshapen, spread
+from sparsefx.codegen.cpp.operands import check_operands, misshapen, pointers, spread
+from sparsefx.codegen.cpp.operator import OPERATOR
 from sparsefx.errors import DtypeMismatch
 from sparsefx.ops import linear_output
 
@@ -33,12 +34,10 @@ class Loaded(NamedTuple):
 def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
     found = opened(handle, "sparsefx_block_linear")
-    run = found.sparsefx_block_linear
-    run.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, ctypes.c_int32]
-    run.restype = ctypes.c_int32
-    has_bias, *numbers = (ctypes.c_int32 * 5).in_dll(found, "sparsefx_numbers")
-    dtype = (ctypes.c_char * 16).in_dll(found, "sparsefx_dtype").value.decode()
-    return Loaded(run, getattr(torch, dtype), bool(has_bias), *numbers)
+    OPERATOR.add(handle, found)
+    run = library.function(found, "sparsefx_block_linear", pointers=7, sizes=3)
+    has_bias, *sizes = library.numbers(found, 5)
+    return Loaded(run, library.dtype(found), bool(has_bias), *sizes)
 
 
 def linear(
@@ -66,7 +65,7 @@ def linear(
     failed = kernel.run(
         *[each.data_ptr() for each in tensors],
         None if bias is None else bias.data_ptr(),
-        (ctypes.c_void_p * len(operands))(*[each.data_ptr() for each in operands]),
+        pointers(operands),
         y.data_ptr(),
         y.numel() // features,
         x.shape[-1],

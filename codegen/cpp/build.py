@@ -26,6 +26,7 @@ from sparsefx.files import write_atomically
 _MATH = ("-fno-math-errno", "-fno-trapping-math")  # without either, loops are vectorised
 _COMMON = ("-O3", "-std=c++17", "-fPIC", *_MATH, "-Wno-psabi")
 _FLAGS = (*_COMMON, "-shared", "-fopenmp")
+_TORCH_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,21 @@ def build(kernel: str, source: str, isa_flags: tuple[str, ...]) -> tuple[str, Pa
     `kernel` starts the handle and names the kernel in errors. Raises KernelBuildFailed.
     """
     return _built(kernel, source, (*_FLAGS, *isa_flags, *_openmp()), ".so")
+
+
+def build_for_torch(kernel: str, source: str) -> Path:
+    """The place of the library made of `source`, which uses torch's C++; cached likewise.
+
+    Its handle (`for_torch`) is not of the compiler, so that it is found where there is none. Raises
+    KernelBuildFailed.
+    """
+    name = f"{for_torch(kernel, source)}.so"
+    return _found(name) or _store(name, source, _compile(kernel, source, _torch_flags()))
+
+
+def for_torch(kernel: str, source: str) -> str:
+    """The handle of what `build_for_torch` makes: of the source, and where which torch lies."""
+    return f"{kernel}_{_digest(source, *_torch_flags(), torch.__version__)}"
 
 
 def build_object(kernel: str, source: str, isa_flags: tuple[str, ...]) -> Path:
@@ -79,14 +95,10 @@ def opened(handle: str, function: str) -> ctypes.CDLL:
 
 def _built(kernel: str, source: str, flags: tuple[str, ...], suffix: str) -> tuple[str, Path]:
     found = compiler()
-    if found is None:
-        raise KernelBuildFailed(kernel=kernel, rule="no g++ on PATH")
-    handle = f"{kernel}_{_digest(source, *flags, found.version)}"
+    version = found.version if found else ""
+    handle = f"{kernel}_{_digest(source, *flags, version)}"
     name = handle + suffix
-    path = _found(name)
-    if path is None:
-        path = _store(name, source, _compile(kernel, source, (found.path, *flags)))
-    return handle, path
+    return handle, _found(name) or _store(name, source, _compile(kernel, source, flags))
 
 
 def _found(name: str) -> Path | None:
@@ -126,12 +138,15 @@ def _write(path: Path, source: str, binary: bytes) -> Path:
     return path
 
 
-def _compile(kernel: str, source: str, command: tuple[str, ...]) -> bytes:
+def _compile(kernel: str, source: str, flags: tuple[str, ...]) -> bytes:
+    found = compiler()
+    if found is None:
+        raise KernelBuildFailed(kernel=kernel, rule="no g++ on PATH")
     with tempfile.TemporaryDirectory(prefix="sparsefx") as folder:
         path, result = Path(folder, "kernel.cpp"), Path(folder, "kernel")
         path.write_text(source)
         # The source comes before the libraries, or the linker drops those as not needed.
-        line = (command[0], str(path), "-o", str(result), *command[1:])
+        line = (found.path, str(path), "-o", str(result), *flags)
         done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise KernelBuildFailed(kernel=kernel, rule=done.stderr.strip()[:2000])
@@ -148,6 +163,13 @@ def _openmp() -> tuple[str, ...]:
     folders = (package / "lib", package.parent / "torch.libs")
     found = sorted(path for folder in folders for path in folder.glob("libgomp*.so*"))
     return ("-Wl,--as-needed", str(found[0])) if found else ()
+
+
+def _torch_flags() -> tuple[str, ...]:
+    package = Path(torch.__file__).parent
+    headers = (package / "include", package / "include/torch/csrc/api/include")
+    found = (word for folder in headers for word in ("-isystem", str(folder)))
+    return (*_TORCH_FLAGS, *found, f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu")
 
 
 @functools.cache

@@ -1,21 +1,27 @@
-"""The operator sparsefx_cpp::linear: a generated library called by ctypes.
+"""The operator sparsefx_cpp::linear, and its half in Python: a generated library called by ctypes.
 
-The operator is registered once; which kernel runs is its `handle` argument. Registered by
-`Library.define/impl`: the decorator `custom_op` would cost three times as much a call.
+The operator is registered once; which kernel runs is its `handle` argument. The half in C++
+(operator.py) takes calls where all is loaded and lies as a kernel reads it. Here the rest ends up:
+kernels that are not loaded yet, strided tensors, mistakes.
 """
 
-import ctypes
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.cpp import block_call
+from sparsefx.codegen.cpp import block_call, library
 from sparsefx.codegen.cpp.build import opened
-from sparsefx.codegen.cpp.operands import check_bias, check_extras, misshapen, spread
+from sparsefx.codegen.cpp.operands import (
+    check_memory,
+    check_operands,
+    misshapen,
+    pointers,
+    spread,
+)
+from sparsefx.codegen.cpp.operator import OPERATOR
 from sparsefx.errors import DtypeMismatch
 from sparsefx.ops import linear_output
 from sparsefx.target import LINEAR_SCHEMA
@@ -58,34 +64,12 @@ class Loaded(NamedTuple):
 def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
     found = opened(handle, "sparsefx_linear")
-    run = found.sparsefx_linear
-    run.argtypes = [*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 5, ctypes.c_int32]
-    run.restype = ctypes.c_int32
-    numbers = (ctypes.c_int32 * 8).in_dll(found, "sparsefx_numbers")
-    has_bias, extras, n, m, index_bits, of_w, scaled, group = numbers
-    dtype, stored = (
-        (ctypes.c_char * 16).in_dll(found, f"sparsefx_{name}").value.decode()
-        for name in ("dtype", "stored")
-    )
-    codes = torch.uint8 if stored == "int4" else getattr(torch, stored)
+    OPERATOR.add(handle, found)
+    run = library.function(found, "sparsefx_linear", pointers=8, sizes=5)
+    has_bias, extras, n, m, index_bits, of_w, scaled, group = library.numbers(found, 8)
+    dtype, stored = library.dtype(found), library.dtype(found, "sparsefx_stored")
     sizes = (extras, n, m, index_bits, of_w)
-    return Loaded(run, getattr(torch, dtype), codes, bool(has_bias), *sizes, bool(scaled), group)
-
-
-class Bound(NamedTuple):
-    """A weight and a bias that were checked, as the C function takes them for x of one width."""
-
-    kernel: Loaded
-    state: list[tuple[int, int]]
-    held: Sequence[object]  # copies that it points to, or weak references to what it points to
-    before: tuple[ctypes.c_void_p, ...]  # arguments from values to bias
-    after: tuple[ctypes.c_int64, ...]  # arguments from in_features to the count of values
-
-
-_Key = tuple[str, int, int, torch.dtype, bool, tuple[int, ...]]
-_BOUND: dict[_Key, Bound] = {}
-"""An entry goes when one of its tensors does, so that the ids in keys are those of the living."""
-_NO_EXTRAS = (ctypes.c_void_p * 0)()
+    return Loaded(run, dtype, stored, bool(has_bias), *sizes, bool(scaled), group)
 
 
 def linear(
@@ -104,72 +88,34 @@ def linear(
     Returns [..., features], contiguous, x's dtype. No gradient.
     Raises ShapeMismatch, DtypeMismatch, KernelNotFound.
     """
+    check_memory("x", [x])
+    check_memory("packed", packed)
+    check_memory("an operand of the epilogue", [bias, *extras])
     if handle.startswith(block_call.HANDLE):
         return block_call.linear(x, packed, bias, extras, handle, features)
-    given = packed if bias is None else [*packed, bias]
-    key = (handle, features, x.shape[-1], x.dtype, bias is None, tuple(map(id, given)))
-    bound = _BOUND.get(key)
-    if bound is None or bound.state != _state(given):
-        bound = _bind(key, x, packed, bias)
-    kernel = bound.kernel
-    if extras or kernel.extras:
-        check_extras(kernel, extras)
+    kernel = load(handle)
+    values, keys, row_ptr, scales = _parts(kernel, packed)
+    _check(kernel, x, values, keys, row_ptr, scales, features)
+    check_operands(kernel, keys.shape[0], bias, extras)
     y = linear_output(x, features)
-    size = y.numel()
-    if not size:
+    if not y.numel():
         return y
-    x = x.contiguous()
+    laid = [each if each is None else each.contiguous() for each in (row_ptr, scales, bias)]
+    laid = [x.contiguous(), values.contiguous(), keys.contiguous(), *laid]
     operands = [spread(extra, y) for extra in extras]
     failed = kernel.run(
-        x.data_ptr(),
-        *bound.before,
-        _pointers(operands) if operands else _NO_EXTRAS,
+        *[None if each is None else each.data_ptr() for each in laid],
+        pointers(operands),
         y.data_ptr(),
-        size // features,
-        *bound.after,
+        y.numel() // features,
+        x.shape[-1],
+        *keys.shape,
+        values.numel(),
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("no memory for the copies that a sparse linear works on")
     return y
-
-
-def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (ctypes.c_void_p * len(tensors))(*[each.data_ptr() for each in tensors])
-
-
-def _state(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where each tensor begins, and its version: whatever moves or reshapes one changes these."""
-    return [(each.data_ptr(), each._version) for each in tensors]
-
-
-def _bind(key: _Key, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Bound:
-    """Checks a weight and a bias against the kernel and x, and remembers them.
-
-    Not those that may change unseen: tensors of inference mode, which have no version, and strided
-    ones, which are copied.
-    """
-    handle, features, width, *_ = key
-    kernel = load(handle)
-    parts = _parts(kernel, packed)
-    values, keys, *optional = parts
-    _check(kernel, x, *parts, features)
-    check_bias(kernel, keys.shape[0], bias)
-    given = [*packed] if bias is None else [*packed, bias]
-    laid = [each if each is None else each.contiguous() for each in (*optional, bias)]
-    laid = [values.contiguous(), keys.contiguous(), *laid]
-    before = tuple(ctypes.c_void_p(None if each is None else each.data_ptr()) for each in laid)
-    after = tuple(map(ctypes.c_int64, (width, *keys.shape, values.numel())))
-    if any(each.is_inference() or not each.is_contiguous() for each in given):
-        return Bound(kernel, [], laid, before, after)
-    forget = functools.partial(_forget, key)
-    weak = [weakref.ref(each, forget) for each in given]
-    _BOUND[key] = bound = Bound(kernel, _state(given), weak, before, after)
-    return bound
-
-
-def _forget(key: _Key, _: object) -> None:
-    _BOUND.pop(key, None)
 
 
 def _parts(

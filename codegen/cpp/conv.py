@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.cpp import build, emit
+from sparsefx.codegen.cpp import build, emit, library
 from sparsefx.codegen.cpp.build import opened
 from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
 from sparsefx.codegen.cpp.operands import misshapen
@@ -38,11 +38,8 @@ class Loaded(NamedTuple):
 def load(handle: str) -> Loaded:
     """The library that `build` named `handle`. Raises KernelNotFound."""
     found = opened(handle, "sparsefx_conv2d")
-    run = found.sparsefx_conv2d
-    run.argtypes = [*[ctypes.c_void_p] * 7, ctypes.c_int32]
-    run.restype = ctypes.c_int32
-    dtype = (ctypes.c_char * 16).in_dll(found, "sparsefx_dtype").value.decode()
-    return Loaded(run, getattr(torch, dtype))
+    run = library.function(found, "sparsefx_conv2d", pointers=7, sizes=0)
+    return Loaded(run, library.dtype(found))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import block_call, build, call, emit
 from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
+from sparsefx.codegen.cpp.operator import OPERATOR
 from sparsefx.epilogue import features, is_gated
 from sparsefx.errors import KernelNotFound
 from sparsefx.formats import NM_GROUPS, PackedNM, pack_bits, unpack_nm
@@ -67,6 +68,7 @@ class CppLinear:
         except KernelNotFound:  # whole, but made where there were other system libraries
             path.unlink()
             handle, path = build.build(_prefix(spec, isa), text, isa.flags)
+        OPERATOR.ready()
         as_is = self.layout != "nm" or isa.picks(spec)
         arranged = packed if as_is else _keep_bits(spec, packed)
         op, source = torch.ops.sparsefx_cpp.linear.default, path.with_suffix(".cpp")

@@ -1,0 +1,61 @@
+"""Calls of sparsefx_cpp::linear by its C++ half and by its Python half, and which of them ran."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from sparsefx.codegen.cpp import call
+from sparsefx.target import Lowering
+
+
+@dataclass
+class Given:
+    """The arguments of a call."""
+
+    x: Tensor
+    packed: Sequence[Tensor]
+    bias: Tensor | None
+    extras: Sequence[Tensor]
+    handle: str
+    features: int
+
+    @classmethod
+    def of(
+        cls, low: Lowering, x: Tensor, bias: Tensor | None = None, extras: Sequence[Tensor] = ()
+    ) -> "Given":
+        return cls(x, list(low.packed), bias, list(extras), low.handle, low.features)
+
+    def by_operator(self) -> Tensor:
+        """As a graph calls it: the C++ half if it can."""
+        result: Tensor = torch.ops.sparsefx_cpp.linear.default(*self._all())
+        return result
+
+    def by_python(self) -> Tensor:
+        return call.linear(*self._all())
+
+    def _all(self) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor], str, int]:
+        return self.x, self.packed, self.bias, self.extras, self.handle, self.features
+
+
+HALVES: tuple[Callable[[Given], Tensor], ...] = (Given.by_operator, Given.by_python)
+
+
+def needs_python(run: Callable[[], object]) -> bool:
+    """Whether the Python half was entered while `run` ran."""
+    entered = False
+
+    def see(frame: FrameType, event: str, _: object) -> None:
+        nonlocal entered
+        entered |= event == "call" and frame.f_code is call.linear.__code__
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return entered
