@@ -1,6 +1,6 @@
 """What each generated kernel must look like once compiled for a GPU, whatever its settings."""
 
-from sparsefx.codegen.triton.matrix import Job
+from sparsefx.codegen.triton.matrix import NVIDIA, Job
 
 MATRIX = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
@@ -35,6 +35,8 @@ def _wanted(job: Job) -> tuple[str, ...]:
         return ("store",)
     if form == "mma_sp":
         return ("mma_sp",)
+    if form == "places":
+        return ("load128" if job.arch in NVIDIA else "load",)
     if "float32" in job.handle:  # NVIDIA's tensor cores would cut it to ten bits
         return ("store",)
     small = form == "block" and not job.handle.startswith(("block 64x", "block 128x"))

@@ -28,6 +28,7 @@ def test_names() -> None:
         "triton_mma_sp_linear",
         "triton_parity_linear",
         "triton_nm_linear",
+        "triton_places_linear",
         "triton_bitmap_linear",
         "triton_block_linear",
     ]

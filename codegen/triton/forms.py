@@ -8,11 +8,13 @@ from sparsefx.codegen.triton.form import Form
 from sparsefx.codegen.triton.mma_sp_form import MmaSpForm
 from sparsefx.codegen.triton.nm_form import NMForm
 from sparsefx.codegen.triton.parity_form import ParityForm
+from sparsefx.codegen.triton.places_form import PlacesForm
 from sparsefx.codegen.triton.variant import Variant
 from sparsefx.errors import InvalidHandle
 
 FORMS: dict[str, Form] = {
-    form.name: form for form in (MmaSpForm(), ParityForm(), NMForm(), BitmapForm(), BlockForm())
+    form.name: form
+    for form in (MmaSpForm(), ParityForm(), NMForm(), PlacesForm(), BitmapForm(), BlockForm())
 }
 
 

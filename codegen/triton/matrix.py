@@ -64,7 +64,7 @@ def jobs() -> Iterator[Job]:
         for place, settings in enumerate(_tunings(form, spec)):
             handle = Variant.of(form, spec, settings).handle
             kernels = ["kernel"]
-            for name in _beside(settings):
+            for name in _beside(form, settings, spec.rows):
                 key = (name, spec.dtype, spec.rows < 4, is_gated(spec.epilogue))
                 kernels += [name] * (key not in beside)
                 beside.add(key)
@@ -79,19 +79,22 @@ def _tunings(form: str, spec: LinearSpec) -> list[Settings]:
     return [settings for settings in found if settings in several.values()]
 
 
-def _beside(settings: Settings) -> Iterator[str]:
+def _beside(form: str, settings: Settings, rows: int) -> Iterator[str]:
     """The other kernels that a call of these settings launches."""
     chosen = dict(settings)
     if chosen.get("split", 1) > 1:
         yield "reduce"
     if chosen.get("direct") == 0:
         yield "fragments_of"
+    if form == "places" and rows > 1:
+        yield "ordered"
 
 
 def _specs() -> Iterator[tuple[str, LinearSpec]]:
     yield from _mma_sp()
     yield from _parity()
     yield from _nm()
+    yield from _places()
     yield from _bitmap()
     yield from _block()
     yield from _gated()
@@ -119,6 +122,11 @@ def _nm() -> Iterator[tuple[str, LinearSpec]]:
             yield "nm", _spec("nm", _BF16, rows, (2, 4), values=values, group=group)
 
 
+def _places() -> Iterator[tuple[str, LinearSpec]]:
+    for dtype, rows in itertools.product((_BF16, _FP16), (1, 16)):
+        yield "places", _spec("bitmap", dtype, rows)
+
+
 def _bitmap() -> Iterator[tuple[str, LinearSpec]]:
     for dtype, rows in itertools.product((_BF16, _FP16, _FP32), (1, 20, 100)):
         yield "bitmap", _spec("bitmap", dtype, rows)
@@ -137,6 +145,7 @@ def _block() -> Iterator[tuple[str, LinearSpec]]:
 
 
 def _gated() -> Iterator[tuple[str, LinearSpec]]:
+    yield "places", _spec("bitmap", _BF16, 16, epilogue=GATED)
     for rows in (1, 32):
         yield "mma_sp", _spec("nm", _BF16, rows, (2, 4), epilogue=GATED)
         yield "parity", _spec("nm", _BF16, rows, (2, 4), epilogue=GATED)
