@@ -123,7 +123,13 @@ def _export(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dynamic = {key: {0: free, 1: free} for key in inputs}
     sparsefx.export_onnx(
-        model, (), path, kwargs=inputs, dynamic_shapes=dynamic, library=library, check=False
+        model,
+        (),
+        path,
+        kwargs=inputs,
+        dynamic_shapes=dynamic,
+        library=library,
+        check=library is not None,  # what the library does not make faster is left alone then
     )
 
 
@@ -133,6 +139,8 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Threads that spin when a run ends would take a core from the session that is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
     if folded is not None:

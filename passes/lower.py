@@ -131,6 +131,8 @@ def _lower(options: Lower, packed: PackedNode) -> int:
     for packing in (packed.packing, *others):
         if built is None and work.kernels(packing):
             built, verdict = (_by_rows if vary else _for_all_rows)(work, packing)
+            if built is not None and packing != packed.packing:
+                packed.ctx.update(packed.node, reason=f"{packing} here; {work.reasons}")
             asked = [verdict] if built and verdict else asked + ([verdict] if verdict else [])
     _tell_baseline(work)
     _tell_times(packed, min(asked, key=lambda verdict: verdict.ratio, default=None))

@@ -74,6 +74,13 @@ class Packing:
             case _:
                 return Unstructured(sparsity, values=self.values, group=self.group)
 
+    def __str__(self) -> str:
+        """As a person reads it: "2:4 weights with int8 values"."""
+        shapes = {"nm": f"{self.n}:{self.m}", "block": "{}x{} block".format(*self.block)}
+        return (
+            f"{shapes.get(self.layout, self.layout)} weights with {self.values or 'plain'} values"
+        )
+
     def as_bitmap(self) -> "Packing":
         """The same values in a bitmap; unquantised where those of a block share a scale."""
         rows, cols = self.block

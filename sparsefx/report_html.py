@@ -90,8 +90,12 @@ def _charts(rows: Sequence[Row]) -> str:
         f"<li><b>{count}</b><span>{text(reason) or 'no reason given'}</span></li>"
         for reason, count in total(rows).reasons
     )
-    declined = f'<ul class="reasons">{reasons}</ul>' if reasons else "<p>None did.</p>"
-    why = f'<section class="card"><h2>Why nodes stayed dense</h2>{declined}</section>'
+    declined = (
+        f'<ul class="reasons">{reasons}</ul>'
+        if reasons
+        else "<p>None: every node runs its own kernel.</p>"
+    )
+    why = f'<section class="card"><h2>Reasons</h2>{declined}</section>'
     pair = f'<div class="pair">{report_charts.weights(rows)}{why}</div>'
     return report_charts.speedups(rows) + pair
 

@@ -19,7 +19,8 @@ class Row:
     pattern: the sparsity found, e.g. "2:4", "unstructured 50%", "dense";
     kernel: the chosen kernel, "" where it stayed dense; times in microseconds, NaN-free, None where
     not taken; how: "measured", "modelled" or ""; error: largest |sparse - dense| over largest
-    |dense| on the guard's inputs; reason: why the node stayed dense ("" only if a kernel is there).
+    |dense| on the guard's inputs; reason: why the node stayed dense, or why a
+    kernel reads it in another storage than its own ("" only if a kernel is there).
     by_rows: where a table in the graph chooses by the rows of each call: who runs which, e.g.
     "cpp_nm_linear 1..32, dense 33..", the times being those at the rows of `shape`; else "".
     bytes: dense and stored bytes of the weight, and those that the compiled model keeps in memory:
@@ -142,7 +143,7 @@ def total(rows: Sequence[Row]) -> Totals:
         candidates=len(rows),
         lowered=len(lowered),
         kernels=_counts(row.kernel for row in lowered),
-        reasons=_counts(row.reason for row in rows if not row.kernel),
+        reasons=_counts(row.reason for row in rows if row.reason or not row.kernel),
         how=_counts(row.how for row in timed if row.how),
         timed=len(timed),
         dense_us=sum(row.dense_us or 0.0 for row in timed),

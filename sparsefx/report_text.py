@@ -154,6 +154,7 @@ def _runs(row: Row, frame: _Frame) -> str:
     if row.kernel:
         runs = row.by_rows or row.kernel
         runs = words.printable(f"{runs} with {row.merged}" if row.merged else runs)
+        runs += f" [{frame.numbers[row.reason]}]" if row.reason else ""
     else:
         runs = f"dense [{frame.numbers[row.reason]}]"
     return "; ".join(filter(None, (runs, words.quantised(row))))

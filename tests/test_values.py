@@ -23,6 +23,7 @@ from sparsefx.prune.rounding import Grid
 from sparsefx.prune.solve import solve
 from sparsefx.quantise import rounded, scales_of
 from sparsefx.recover import recovered_scales
+from sparsefx.report import Report
 from sparsefx.spec import NM, Block, Pattern, Recipe, Unstructured
 from sparsefx.target import LinearSpec
 from sparsefx.values import with_values
@@ -197,6 +198,9 @@ def test_a_float_kernel_gets_what_no_other_takes(has_coded_kernel: bool) -> None
     dense = 64 * 128
     sizes = {True: dense // 4 + dense // 8 + 64 * 4 * 8, False: dense // 2 * 8 + dense // 8}
     assert row.stored_bytes == sizes[has_coded_kernel]
+    reason = "" if has_coded_kernel else "2:4 weights with plain values here; floats: no int4"
+    assert row.reason == reason
+    assert ("[1] 1 x 2:4 weights" in str(Report("m", [row]))) == bool(reason)
     assert_same_numbers(gm, model, x_of(3, 128))
 
 
