@@ -117,9 +117,8 @@ class _Work:
         bare = replace(self.packed.spec(packing), epilogue="")
         rungs = ladder.rungs(*rows_between(self.packed.x), bare.rows)
         offers = self.offers(packing, [replace(bare, rows=rows) for rows in rungs[::_STRIDE]])
-        return ladder.table(
-            offers, bare, rungs, self.ask, self.reasons, self.options.costs.dispatch_us
-        )
+        dispatch_us = self.options.costs.dispatch_us()
+        return ladder.table(offers, bare, rungs, self.ask, self.reasons, dispatch_us)
 
 
 def _lower(options: Lower, packed: PackedNode) -> int:

@@ -1,5 +1,7 @@
 """sparsefx_rows::linear: the rows of each call choose which kernel runs, or dense.
 
+The plain meaning for every device; on the CPU, codegen/cpp/operator.py is in front of it.
+
 A weight serves decoding (few rows) and prompts (many) in one graph. The choice is a look into a
 short table inside of one operator: no graph break, no guard, no recompilation.
 """
@@ -21,11 +23,12 @@ from torch._ops import OpOverload
 from sparsefx.ops import linear_output
 from sparsefx.packing import Packing
 
-_LIBRARY = torch.library.Library("sparsefx_rows", "DEF")
-_LIBRARY.define(
+SCHEMA = (
     "linear(Tensor x, Tensor[] packed, Tensor? weight, Tensor? bias, Tensor[] extras, str routes, "
     "int features) -> Tensor"
 )
+_LIBRARY = torch.library.Library("sparsefx_rows", "DEF")
+_LIBRARY.define(SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Routes:
-    """Routes in ascending order, and the dense weight."""
+    """Routes in ascending order, and the dense weight.
+
+    Its text is read by `_parsed`, and word for word by codegen/cpp/templates/operator_routes.h.
+    """
 
     routes: tuple[Route, ...]
     dense: Dense = Dense()
@@ -140,6 +146,10 @@ torch.library.register_fake(
 )
 
 
+def _no_choice() -> float:
+    return 0.0
+
+
 def _nothing(unpack: Callable[[], Tensor]) -> float:
     return 0.0
 
@@ -147,9 +157,11 @@ def _nothing(unpack: Callable[[], Tensor]) -> float:
 @dataclass(frozen=True)
 class Costs:
     """What a choice costs: microseconds that choosing by rows adds to each call, and a clock for
-    unpacking, where a dense product would have to unpack its weight first."""
+    unpacking, where a dense product would have to unpack its weight first.
 
-    dispatch_us: float = 0.0
+    The first is asked once kernels are built: a target may come with a faster way to choose."""
+
+    dispatch_us: Callable[[], float] = _no_choice
     unpack_us: Callable[[Callable[[], Tensor]], float] = _nothing
 
 

@@ -8,6 +8,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from sparsefx import by_rows
 from sparsefx.codegen.cpp import call
 from sparsefx.target import Lowering
 
@@ -44,13 +45,16 @@ class Given:
 HALVES: tuple[Callable[[Given], Tensor], ...] = (Given.by_operator, Given.by_python)
 
 
+_PYTHON = (call.linear.__code__, by_rows.linear.__code__)
+
+
 def needs_python(run: Callable[[], object]) -> bool:
-    """Whether the Python half was entered while `run` ran."""
+    """Whether a Python half, also that of the table by rows, was entered while `run` ran."""
     entered = False
 
     def see(frame: FrameType, event: str, _: object) -> None:
         nonlocal entered
-        entered |= event == "call" and frame.f_code is call.linear.__code__
+        entered |= event == "call" and frame.f_code in _PYTHON
 
     before = sys.getprofile()
     sys.setprofile(see)

@@ -168,7 +168,7 @@ def _costs(request: Request) -> Costs:
     """The model is optimistic: it leaves them out."""
     if request.guard != "measure":
         return NO_COSTS
-    return Costs(dispatch_us(request.target.device), timing.least_us)
+    return Costs(partial(dispatch_us, request.target.device), timing.least_us)
 
 
 def _baseline(request: Request) -> Baseline:

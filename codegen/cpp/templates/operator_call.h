@@ -23,6 +23,10 @@ static Few<const TensorImpl*> tensors(const IValue& list) {
     return found;
 }
 
+static const TensorImpl* optional(const IValue& tensor) {
+    return tensor.isNone() ? nullptr : tensor.unsafeToTensorImpl();
+}
+
 struct Call {
     const TensorImpl& x;
     Few<const TensorImpl*> packed;
@@ -30,7 +34,14 @@ struct Call {
     Few<const TensorImpl*> extras;
     int64_t features;
 
+    Call(const IValue& x, const IValue& packed, const IValue& bias, const IValue& extras,
+         const IValue& features)
+        : x(*x.unsafeToTensorImpl()), packed(tensors(packed)), bias(optional(bias)),
+          extras(tensors(extras)), features(features.toInt()) {}
+
     int64_t in() const { return x.sizes().back(); }
+
+    int64_t rows() const { return c10::numelements_to_dim(x.dim() - 1, x.sizes()); }
 
     // Of the result.
     Few<int64_t> sizes() const {

@@ -111,38 +111,16 @@ struct BlockKernel : Kernel {
     }
 };
 
-// Handle -> kernel. One that is there stays, so that a call needs no lock while it runs.
-class Kernels {
-    std::unordered_map<std::string, std::unique_ptr<const Kernel>> found;
-    mutable std::shared_mutex mutex;
-
-    static std::unique_ptr<const Kernel> opened(void* library) {
-        const auto type = [&](const char* name) {
-            const void* text = dlsym(library, name);
-            return text ? TYPES.at(static_cast<const char*>(text)) : ScalarType::Undefined;
-        };
-        const void* numbers = dlsym(library, "sparsefx_numbers");
-        if (void* function = dlsym(library, "sparsefx_block_linear"))
-            return std::make_unique<BlockKernel>(function, numbers, type("sparsefx_dtype"));
-        void* function = dlsym(library, "sparsefx_linear");
-        return std::make_unique<LinearKernel>(function, numbers, type("sparsefx_dtype"),
-                                              type("sparsefx_stored"));
-    }
-
-  public:
-    const Kernel* find(const std::string& handle) const {
-        const std::shared_lock lock(mutex);
-        const auto place = found.find(handle);
-        return place == found.end() ? nullptr : place->second.get();
-    }
-
-    void add(const std::string& handle, void* library) {
-        const std::unique_lock lock(mutex);
-        if (!found.count(handle)) found.emplace(handle, opened(library));
-    }
-};
-
-static Kernels& kernels() {
-    static Kernels all;
-    return all;
+// What `library`, as dlopen returned it, holds.
+static std::unique_ptr<const Kernel> kernel_of(void* library) {
+    const auto type = [&](const char* name) {
+        const void* text = dlsym(library, name);
+        return text ? TYPES.at(static_cast<const char*>(text)) : ScalarType::Undefined;
+    };
+    const void* numbers = dlsym(library, "sparsefx_numbers");
+    if (void* function = dlsym(library, "sparsefx_block_linear"))
+        return std::make_unique<BlockKernel>(function, numbers, type("sparsefx_dtype"));
+    void* function = dlsym(library, "sparsefx_linear");
+    return std::make_unique<LinearKernel>(function, numbers, type("sparsefx_dtype"),
+                                          type("sparsefx_stored"));
 }
