@@ -39,6 +39,23 @@ def test_gpu_linears_are_right_in_the_interpreter(tmp_path: Path) -> None:
     assert all(line["reason"] for line in lines if line["error"] is None)
 
 
+@pytest.mark.slow
+def test_calls_are_timed_in_every_way(tmp_path: Path) -> None:
+    run("benchmarks/dispatch.py", tmp_path, "--seconds", "0.1", "--json", "figures.json")
+    lines = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [line.pop("where") for line in lines] == ["eager", "in a graph of Inductor"]
+    names = [
+        "dense",
+        "dense as an operator",
+        "kernel",
+        "kernel by Python",
+        "by rows",
+        "by rows by Python",
+    ]
+    assert all([*line] == names for line in lines)
+    assert all(each["least"] > 0 for each in lines[0].values())
+
+
 def test_a_gpu_that_is_absent_is_planned_for(tmp_path: Path) -> None:
     file = tmp_path / "linear-llama-cpu-2026-01-01.json"
     run("benchmarks/linear.py", tmp_path, "--no-compile", "--json", str(file))
