@@ -53,7 +53,9 @@ def test_equals_the_meaning(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("width", [61, 256, 700])
-@pytest.mark.parametrize("settings", [(("lanes", 32),), (("lanes", 16), ("warps", 4))], ids=str)
+@pytest.mark.parametrize(
+    "settings", [(("lanes", 32),), (("lanes", 16), ("warps", 4), ("ahead", 1))], ids=str
+)
 def test_any_width_and_any_number_of_lanes(settings: Settings, width: int) -> None:
     case = make(spec_of(FP16, width), form="places", settings=settings)
     case.check(case.launched())
@@ -69,17 +71,18 @@ GATES = ("gate_silu", "gate_gelu;scale 2.0;mul 1", "gate_relu;add 0")
     "ignore:overflow encountered in exp"
 )  # sigmoid(-inf) is 0, as it should
 def test_epilogues_of_whole_and_of_partial_sums(split: int, epilogue: str) -> None:
-    settings: Settings = (("lanes", 8), ("split", split))
+    settings: Settings = (("lanes", 8), ("split", split), ("ahead", split % 2))
     case = make(with_rows(spec_of(FP16, 200, epilogue), 5), form="places", settings=settings)
     first = case.launched()
     case.check(first)
     assert torch.equal(first, case.launched())
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_ragged_rows(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "ahead"), [(1, 0), (1, 1), (5, 0), (9, 1)])
+def test_ragged_rows(rows: int, ahead: int) -> None:
     """Empty ones, full ones, and values far apart, in one program."""
-    case = make(with_rows(spec_of(FP16, 1024), rows), form="places")
+    spec = with_rows(spec_of(FP16, 1024), rows)
+    case = make(spec, form="places", settings=(("ahead", ahead),))
     weight = torch.zeros_like(case.weight)
     weight[3] = case.x[0] + 1
     weight[4, ::300] = 2.0

@@ -26,14 +26,17 @@ _NEAR = 128 * 1024  # bytes of x that programs at work together may gather from:
 class PlacesForm:
     """Kernels that gather x at the columns of stored values.
 
-    Settings: lanes (that share a row of W), warps, split (programs that share a row of W).
+    Settings: lanes (that share a row of W), warps, split (programs that share a row of W), ahead
+    (1: the next vector of a lane is loaded before this one is multiplied).
     """
 
     name = "places"
     layout = "bitmap"
     needs = ""
     interpretable = True
-    settings = MappingProxyType({"lanes": (8, 16, 32), "warps": (2, 4, 8), "split": POWERS[:5]})
+    settings = MappingProxyType(
+        {"lanes": (8, 16, 32), "warps": (2, 4, 8), "split": POWERS[:5], "ahead": (0, 1)}
+    )
 
     def misfit(self, spec: LinearSpec) -> str | None:
         """Why it cannot compute this linear, or None."""
@@ -51,17 +54,20 @@ class PlacesForm:
         return "more than 2^31 - 1 stored values" if values >= 2**31 else None
 
     def tunings(self, spec: LinearSpec) -> tuple[Settings, ...]:
-        """Lanes enough to keep memory busy; then fewer and more; splits last, which launch twice.
+        """Lanes enough to keep memory busy, and loads ahead where there is little else to do.
 
-        But where x by columns is larger than what stays near a multiprocessor, programs that begin
-        together share a part of it.
+        Then fewer lanes, of which fewer idle at the end of a row; last a split, which launches
+        twice. But where x by columns is larger than what stays near a multiprocessor, programs that
+        begin together share a part of it.
         """
         most = power(_vectors(spec), 8, 32)
         lanes = min(most, power(_LANES // max(1, spec.out_features), 8, 32))
         near = power(cdiv(spec.in_features * power(spec.rows, 1, 16) * 2, _NEAR), 1, 16)
-        found = [(lanes, 2, near), (lanes, 4, near), (max(8, lanes // 2), 2, near)]
-        found += [(min(most, lanes * 2), 2, near), (lanes, 2, near * 2 if near < 16 else 8)]
-        names = ("lanes", "warps", "split")
+        ahead, fewer = int(spec.rows <= 4), max(8, lanes // 2)
+        found = [(lanes, 2, near, ahead), (fewer, 2, near, ahead), (fewer, 2, near, 1 - ahead)]
+        found += [(lanes, 2, near, 1 - ahead), (lanes, 4, near, ahead)]
+        found += [(min(most, lanes * 2), 2, near, ahead), (lanes, 2, min(16, near * 2), ahead)]
+        names = ("lanes", "warps", "split", "ahead")
         return tuple(dict.fromkeys(tuple(zip(names, each, strict=True)) for each in found))
 
     def arrange(self, variant: Variant, packed: Packed, in_features: int) -> Packed:
@@ -88,6 +94,7 @@ class PlacesForm:
             "PLANES": planes,
             "LANES": lanes,
             "LENGTH": length,
+            "AHEAD": variant.setting("ahead", 0),
             "num_warps": warps,
         }
         grid = (cdiv(problem.out_features, length // lanes), split)

@@ -33,21 +33,28 @@ def sixteen(tile, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def numbers(at, keep, LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT numbers from each of `at` [LENGTH] on, as float32 [LENGTH, COUNT]; 0 where not `keep`.
+def loaded(at, keep, COUNT: tl.constexpr):
+    """COUNT numbers from each of `at` [LENGTH] on, whole, so that a lane has its own; `keep` or 0.
 
-    `keep` may be None. They are loaded whole: a lane has all of its own.
+    Two bfloat16 are a word, [LENGTH, COUNT / 2]; `keep` may be None.
     """
     if keep is not None:
         keep = keep[:, None]
     other: tl.constexpr = None if keep is None else 0
-    if at.dtype.element_ty == tl.bfloat16 and COUNT > 1:  # the upper half of a float32, two a word
+    if at.dtype.element_ty == tl.bfloat16 and COUNT > 1:
         words = at.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None]
-        word = tl.load(words + tl.arange(0, COUNT // 2)[None, :], mask=keep, other=other)
-        pairs = tl.join(word << 16, word & 0xFFFF0000).to(tl.float32, bitcast=True)
-        found = tl.reshape(pairs, (LENGTH, COUNT))
+        found = tl.load(words + tl.arange(0, COUNT // 2)[None, :], mask=keep, other=other)
     else:
         found = tl.load(at[:, None] + tl.arange(0, COUNT)[None, :], mask=keep, other=other)
+    return found
+
+
+@triton.jit
+def numbers(found, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+    """What was `loaded` as float32 [LENGTH, COUNT]: a bfloat16 is the upper half of one."""
+    if found.dtype == tl.uint32:
+        found = tl.join(found << 16, found & 0xFFFF0000).to(tl.float32, bitcast=True)
+        found = tl.reshape(found, (LENGTH, COUNT))
     return found.to(tl.float32)
 
 
@@ -60,6 +67,16 @@ def column(x, base, place, ROWS: tl.constexpr):
         found = x.to(tl.pointer_type(tl.uint8), bitcast=True) + (base + place) * (2 * ROWS)
         found = found.to(x.dtype, bitcast=True)
     return found
+
+
+@triton.jit
+def vector(values, places, bases, at, end):
+    """Vectors `at` [LENGTH], zeros from `end` on: base, places, and twice eight values."""
+    keep = at < end
+    base = tl.load(bases + at, mask=keep, other=0)
+    slot = at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    place = tl.load(places + slot, mask=keep[:, None], other=0)
+    return base, place, loaded(values + at * 16, keep, 8), loaded(values + at * 16 + 8, keep, 8)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,12 +96,14 @@ def kernel(
     PLANES: tl.constexpr,
     LANES: tl.constexpr,
     LENGTH: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """y [rows, out] = epilogue(x W^T) for LENGTH / LANES rows of W and all of x [.., in, ROWS].
 
-    There are PLANES of x: 1, or 2 that lie behind each other. A program has LENGTH lanes.
+    There are PLANES of x: 1, or 2 that lie behind each other. A program has LENGTH lanes. With
+    AHEAD a lane loads its next vector before it multiplies this one.
     """
     OUT: tl.constexpr = LENGTH // LANES
     first_out, part = tl.program_id(0) * OUT, tl.program_id(1)
@@ -94,25 +113,30 @@ def kernel(
     count = tl.load(starts + out + 1) - begin
     end = begin + count * (part + 1) // SPLIT
     at = begin + count * part // SPLIT + lane % LANES
-    slot = tl.arange(0, 16)[None, :]
     acc = tl.zeros((LENGTH, ROWS), tl.float32)
     acc1 = acc
+    base, place, early, late = vector(values, places, bases, at, end)
     for _ in range(tl.max((end - at + LANES - 1) // LANES)):
-        keep = at < end
-        base = tl.load(bases + at, mask=keep, other=0).to(tl.uint32) & 0xFFFF
-        place = tl.load(places + at[:, None] * 16 + slot, mask=keep[:, None], other=0)
-        early = numbers(values + at * 16, keep, LENGTH, 8)
-        late = numbers(values + at * 16 + 8, keep, LENGTH, 8)
-        both = tl.permute(tl.join(early, late), (0, 2, 1))
+        if AHEAD:
+            at += LANES
+            after = vector(values, places, bases, at, end)
+        else:
+            base, place, early, late = vector(values, places, bases, at, end)
+            at += LANES
+        first, last = numbers(early, LENGTH, 8), numbers(late, LENGTH, 8)
+        both = tl.permute(tl.join(first, last), (0, 2, 1))
         value = sixteen(tl.reshape(both, (LENGTH, 16)), LENGTH)
-        place = sixteen(place.to(tl.uint32), LENGTH)
+        behind = sixteen(place.to(tl.uint32), LENGTH)
+        first_column = base.to(tl.uint32) & 0xFFFF
         for i in tl.static_range(16):
-            of_x = column(x, base, place[i], ROWS)
+            of_x = column(x, first_column, behind[i], ROWS)
             weight = value[i][:, None]
-            acc += weight * numbers(of_x, None, LENGTH, ROWS)
+            acc += weight * numbers(loaded(of_x, None, ROWS), LENGTH, ROWS)
             if PLANES == 2:
-                acc1 += weight * numbers(of_x + in_features * ROWS, None, LENGTH, ROWS)
-        at += LANES
+                of_x += in_features * ROWS
+                acc1 += weight * numbers(loaded(of_x, None, ROWS), LENGTH, ROWS)
+        if AHEAD:
+            base, place, early, late = after
 
     acc = tl.sum(tl.reshape(acc, (OUT, LANES, ROWS)), 1)
     finish(acc, bias, extras, y, part, first_out, 0, rows, out_features, OUT, ROWS, SPLIT, GATED)
