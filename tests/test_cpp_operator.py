@@ -334,12 +334,24 @@ def test_what_does_not_compile_warns_once(tmp_path: Path, monkeypatch: pytest.Mo
     other.add("some_kernel", ctypes.CDLL(None))
 
 
-def test_what_does_not_load_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_load_is_built_again_then_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A whole library, but made where there were other system libraries."""
+    built: list[str] = []
+
+    def compiled(kernel: str, *_: object) -> bytes:
+        built.append(kernel)
+        return b"no library"
+
     monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "_compile", lambda *_: b"no library")
+    monkeypatch.setattr(build, "_compile", compiled)
+    build.build_for_torch("linear_operator", operator._source())
     other = operator.Operator()
+    other.add("some_kernel", ctypes.CDLL(None))
+    assert built == ["linear_operator"], "a process that only runs builds nothing, and is silent"
     with pytest.warns(operator.SlowCalls, match="invalid ELF header|file too short"):
         other.ready()
-    other.add("some_kernel", ctypes.CDLL(None))
+    assert built == ["linear_operator"] * 2
     other.ready()
+    other.add("some_kernel", ctypes.CDLL(None))

@@ -25,6 +25,7 @@ class Operator:
     """The C++ half in this process, and the libraries of kernels that it is to know."""
 
     def __init__(self) -> None:
+        self._building = threading.Lock()  # long: calls of other threads do not wait for it
         self._lock = threading.Lock()
         self._loaded: ctypes.CDLL | None = None
         self._refused = False
@@ -38,31 +39,44 @@ class Operator:
         """
         with self._lock:
             self._kernels[handle] = kernel
-            if self._loaded is None and not self._refused:
-                path = build.library(build.for_torch(_NAME, _source()))
-                if path is not None:
-                    self._load(path)
             if self._loaded is not None:
                 self._tell(handle, kernel)
+        if self._loaded is None and not self._refused:
+            path = build.library(build.for_torch(_NAME, _source()))
+            if path is not None:
+                self._fault(path)
 
     def ready(self) -> None:
         """Builds and loads it, unless that is done; warns once if it cannot be."""
-        with self._lock:
-            if self._loaded is None and not self._refused:
-                try:
-                    self._load(build.build_for_torch(_NAME, _source()))
-                except (KernelBuildFailed, OSError) as error:
-                    self._refuse(str(error))
+        with self._building:
+            if self._loaded is not None or self._refused:
+                return
+            try:
+                path = build.build_for_torch(_NAME, _source())
+                fault = self._fault(path)
+                if fault:  # whole, but made where there were other system libraries
+                    path.unlink()
+                    fault = self._fault(build.build_for_torch(_NAME, _source()))
+            except (KernelBuildFailed, OSError) as error:
+                fault = str(error)
+            if fault:
+                self._refuse(fault)
 
-    def _load(self, path: Path) -> None:
-        try:
-            self._loaded = ctypes.CDLL(str(path))
-        except OSError as error:  # whole, but made where there were other system libraries
-            return self._refuse(str(error))
-        self._loaded.sparsefx_add.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-        self._loaded.sparsefx_add.restype = None
-        for handle, kernel in self._kernels.items():
-            self._tell(handle, kernel)
+    def _fault(self, path: Path) -> str:
+        """Loads it and tells it of all kernels; "", or why it cannot be loaded."""
+        with self._lock:
+            if self._loaded is not None:
+                return ""
+            try:
+                loaded = ctypes.CDLL(str(path))
+            except OSError as error:
+                return str(error)
+            loaded.sparsefx_add.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+            loaded.sparsefx_add.restype = None
+            self._loaded = loaded
+            for handle, kernel in self._kernels.items():
+                self._tell(handle, kernel)
+            return ""
 
     def _tell(self, handle: str, kernel: ctypes.CDLL) -> None:
         assert self._loaded is not None
@@ -73,7 +87,7 @@ class Operator:
         warnings.warn(
             f"each call of a C++ linear takes some microseconds more than it need: {reason}",
             SlowCalls,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
