@@ -50,7 +50,10 @@ static inline Lanes expand(Key keep, Values values) {
             expand_half(high, load(values + __builtin_popcount(low)))};
 }
 
-static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
+using Input = const X*;       // a block of x
+static inline Input input(const X* x) { return x; }
+
+static inline void multiply_add(Sum& sum, const Lanes& weights, Input x) {
     sum.low = _mm256_fmadd_ps(weights.low, _mm256_loadu_ps(x), sum.low);
     sum.high = _mm256_fmadd_ps(weights.high, _mm256_loadu_ps(x + 8), sum.high);
 }

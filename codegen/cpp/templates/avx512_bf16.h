@@ -4,7 +4,7 @@
 
 constexpr int WIDTH = 32;     // columns of a block
 constexpr int INDEX_BITS = 0, KEY_BYTES = 4;
-constexpr int SUMS = 16;      // Sums that a thread keeps in registers
+constexpr int SUMS = 24;      // Sums that a thread keeps in registers
 constexpr int MAX_BATCH = 8;  // rows of x that share a block of W
 using Key = uint32_t;         // the keep bits of a block
 using X = bf16;
@@ -62,8 +62,15 @@ static inline Lanes expand(Key keep, Values values) {
     return _mm512_maskz_expand_epi16(keep, at_hand);
 }
 
-static inline void multiply_add(Sum& sum, Lanes weights, const X* x) {
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_loadu_si512(x));
+using Input = __m512i;        // a block of x
+static inline Input input(const X* x) {
+    Input columns = _mm512_loadu_si512(x);
+    asm("" : "+v"(columns));  // in a register: g++ would read it once for each row of W
+    return columns;
+}
+
+static inline void multiply_add(Sum& sum, Lanes weights, Input x) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
 }
 
 static inline void add_scaled(Part& part, Sum sum, float scale) {

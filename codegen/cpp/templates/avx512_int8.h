@@ -27,8 +27,15 @@ static inline Lanes expand(Key keep, Values values) {
     return _mm512_maskz_expand_epi8(keep, at_hand);
 }
 
-static inline void multiply_add(Sum& sum, Lanes weights, const X* x) {
-    sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(x), weights);
+using Input = __m512i;        // a block of x
+static inline Input input(const X* x) {
+    Input columns = _mm512_loadu_si512(x);
+    asm("" : "+v"(columns));  // in a register: g++ would read it once for each row of W
+    return columns;
+}
+
+static inline void multiply_add(Sum& sum, Lanes weights, Input x) {
+    sum = _mm512_dpbusd_epi32(sum, x, weights);
 }
 
 static inline void add_zeros(Sum& sum, Lanes weights) {

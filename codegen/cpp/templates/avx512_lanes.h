@@ -1,7 +1,6 @@
 // AVX-512: 16 floats in a register.
 #include "x86.h"
 
-constexpr int SUMS = 16;      // Sums that a thread keeps in registers
 constexpr int MAX_BATCH = 8;  // rows of x that share a block of W
 using X = float;
 using Sum = __m512;

@@ -4,6 +4,7 @@
 #include "avx512_lanes.h"
 
 constexpr int WIDTH = 32;                      // columns of a block
+constexpr int SUMS = 16;                       // Sums that a thread keeps in registers
 constexpr int PICKED = WIDTH * N / M;          // values of a block, at most 16
 constexpr int INDEX_BITS = M == 4 ? 2 : 4;     // of one value: its column in its group of M
 constexpr int KEY_BYTES = PICKED * INDEX_BITS / 8;
@@ -33,9 +34,17 @@ static inline Lanes expand(Key key, Values values) {
             _mm512_ternarylogic_epi32(shifted, mask, _mm512_load_si512(LANE.group), 0xEA)};
 }
 
-static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
-    const __m512 picked = _mm512_maskz_permutex2var_ps(
-        (1 << PICKED) - 1, _mm512_loadu_ps(x), weights.columns, _mm512_loadu_ps(x + 16));
+struct Input { __m512 low, high; };  // a block of x
+static inline Input input(const X* x) {
+    Input columns = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+    // In registers: g++ would read them once for each row of W.
+    asm("" : "+v"(columns.low), "+v"(columns.high));
+    return columns;
+}
+
+static inline void multiply_add(Sum& sum, const Lanes& weights, const Input& x) {
+    const __m512 picked =
+        _mm512_maskz_permutex2var_ps((1 << PICKED) - 1, x.low, weights.columns, x.high);
     sum = _mm512_fmadd_ps(weights.values, picked, sum);
 }
 

@@ -4,6 +4,7 @@
 // there does not reach y.
 #include "avx512_lanes.h"
 
+constexpr int SUMS = 16;  // Sums that a thread keeps in registers
 constexpr int INDEX_BITS = 0, KEY_BYTES = WIDTH / 8;  // WIDTH is 32 or 64
 struct Lanes {  // the first 16 values, and where the others are
     __m512 values;
@@ -73,7 +74,10 @@ static inline void add_rest(Sum& sum, const Lanes& weights, const X* x) {
     }
 }
 
-static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
+using Input = const X*;       // a block of x
+static inline Input input(const X* x) { return x; }
+
+static inline void multiply_add(Sum& sum, const Lanes& weights, Input x) {
     sum = _mm512_mask3_fmadd_ps(weights.values, pick(weights.columns, x), sum, weights.filled);
     if (__builtin_expect(__builtin_popcountll(weights.keep) > 16, 0)) add_rest(sum, weights, x);
 }

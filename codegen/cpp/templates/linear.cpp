@@ -27,7 +27,7 @@ static inline float epilogue(const float* sums, int64_t, int64_t, const Value*,
 // end specialisation
 
 constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: as its bits say
-constexpr int ROWS = 4;              // rows of W that a thread walks side by side
+constexpr int ROWS = 12;             // rows of W that a thread takes at a time
 constexpr int64_t CHUNK = 64;        // rows of x staged at a time
 constexpr int64_t ROOM = 64;         // bytes that expand() may read from where values begin
 
@@ -90,9 +90,11 @@ template <int HEIGHT, int BATCH>
 static inline void add_block(Sums<HEIGHT, BATCH>& sums, const Lanes (&weights)[HEIGHT],
                              const X* x) {
 #pragma GCC unroll 8
-    for (int b = 0; b < BATCH; ++b)
+    for (int b = 0; b < BATCH; ++b) {
+        const Input columns = input(x + b * WIDTH);
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) multiply_add(sums.of[r][b], weights[r], x + b * WIDTH);
+        for (int r = 0; r < HEIGHT; ++r) multiply_add(sums.of[r][b], weights[r], columns);
+    }
     if constexpr (ZERO != 0)
 #pragma GCC unroll 4
         for (int r = 0; r < HEIGHT; ++r) add_zeros(sums.zeros[r], weights[r]);
@@ -200,23 +202,32 @@ static inline void rows_by_batch(const Weight& weight, const Staged& x, const Sh
         for (int r = 0; r < HEIGHT; ++r) sums[b][r] = DYNAMIC ? dots[r][b] * x.scales[b] : dots[r][b];
 }
 
-// ROWS rows of W by BATCH rows of x, as many rows of W side by side as registers hold sums.
+// ROWS rows of W by BATCH rows of x, of which the first `batch` are wanted; as many rows of W side
+// by side as registers hold sums.
 template <int BATCH>
 static void group_by_batch(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
-                           int64_t column, int64_t first) {
-    constexpr int HEIGHT = std::max(1, std::min(ROWS, SUMS / BATCH));
+                           int64_t column, int64_t first, int64_t batch) {
+    constexpr int HEIGHT = std::max(1, std::min(4, SUMS / BATCH));
     const int64_t count = std::min<int64_t>(ROWS, shape.out - column);
     float sums[BATCH][ROWS];
     for (int64_t r = 0; r < count; r += HEIGHT)
         rows_by_batch<HEIGHT, BATCH>(weight, x, shape, column + r,
                                      reinterpret_cast<float (*)[ROWS]>(&sums[0][r]));
-    for (int b = 0; b < BATCH; ++b) tail.store(sums[b], count, column, first + b);
+    for (int b = 0; b < std::min<int64_t>(BATCH, batch); ++b)
+        tail.store(sums[b], count, column, first + b);
 }
 
+// How many rows of x are multiplied at a time when `left` are left. Rows of zeros fill up a block:
+// to expand weights once more would cost more.
 static int batch_block(int64_t left) {
-    int block = MAX_BATCH;
-    while (block > left) block /= 2;
+    int block = 1;
+    while (block < std::min<int64_t>(left, MAX_BATCH)) block *= 2;
     return block;
+}
+
+static int64_t filled_up(int64_t batch) {
+    const int64_t rest = batch % MAX_BATCH;
+    return batch - rest + (rest ? batch_block(rest) : 0);
 }
 
 static void group(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
@@ -224,12 +235,12 @@ static void group(const Weight& weight, const Staged& x, const Shape& shape, con
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
         const Staged rows{x.rows + done * shape.padded(), x.scales + done};
-        const int64_t at = first + done;
+        const int64_t at = first + done, left = batch - done;
         switch (block) {
-            case 8: group_by_batch<8>(weight, rows, shape, tail, column, at); break;
-            case 4: group_by_batch<4>(weight, rows, shape, tail, column, at); break;
-            case 2: group_by_batch<2>(weight, rows, shape, tail, column, at); break;
-            default: group_by_batch<1>(weight, rows, shape, tail, column, at);
+            case 8: group_by_batch<8>(weight, rows, shape, tail, column, at, left); break;
+            case 4: group_by_batch<4>(weight, rows, shape, tail, column, at, left); break;
+            case 2: group_by_batch<2>(weight, rows, shape, tail, column, at, left); break;
+            default: group_by_batch<1>(weight, rows, shape, tail, column, at, left);
         }
         done += block;
     }
@@ -265,15 +276,16 @@ static void stage_codes(const Value* x, int64_t columns, float scale, Code* stag
     for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(ZERO);
 }
 
-// Copies `batch` rows of x into the order and type that dot() reads, columns padded with zeros.
+// Copies `batch` rows of x into the order and type that dot() reads, filled up with zeros.
 template <class To>
 static void stage(const Value* x, To* staged, float* scales, const Shape& shape, int64_t batch) {
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
         for (int b = 0; b < block; ++b, x += shape.in) {
-            if (DYNAMIC) scales[done + b] = scale_of(x, shape.in);
+            const int64_t in = done + b < batch ? shape.in : 0;
+            if (DYNAMIC) scales[done + b] = scale_of(x, in);
             for (int64_t c = 0; c < shape.padded(); c += WIDTH) {
-                const int64_t columns = std::min<int64_t>(WIDTH, shape.in - c);
+                const int64_t columns = std::max<int64_t>(0, std::min<int64_t>(WIDTH, in - c));
                 To* at = staged + c * block + b * WIDTH;
                 if constexpr (DYNAMIC) stage_codes(x + c, columns, scales[done + b], at);
                 else stage_block(x + c, columns, at);
@@ -286,7 +298,7 @@ static void stage(const Value* x, To* staged, float* scales, const Shape& shape,
 
 static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
                      int64_t batch, int32_t threads) {
-    const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
+    const size_t bytes = filled_up(std::min(batch, CHUNK)) * shape.padded() * sizeof(X);
     X* staged = static_cast<X*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
     if (!staged) return false;
     const int64_t groups = (shape.out + ROWS - 1) / ROWS;

@@ -22,7 +22,10 @@ static inline Lanes expand(Key keep, Values values) {
     return lanes;
 }
 
-static inline void multiply_add(Sum& sum, const Lanes& weights, const X* x) {
+using Input = const X*;       // a block of x
+static inline Input input(const X* x) { return x; }
+
+static inline void multiply_add(Sum& sum, const Lanes& weights, Input x) {
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
         Quad part;
