@@ -323,6 +323,17 @@ constexpr bool PAIRS = false;  // columns of x are staged one by one
 #include "cut.h"
 #include "lists.h"
 #include "many_rows.h"
+#ifdef __AVX512VBMI2__
+#include "eight_rows.h"
+#endif
+
+// The fastest way to multiply by `batch` rows of x.
+static decltype(&few_rows) way(const Shape& shape, int64_t batch) {
+#ifdef __AVX512VBMI2__
+    if (eight_rows_pay(shape, batch)) return eight_rows;
+#endif
+    return many_rows_pay(shape, batch) ? many_rows : few_rows;
+}
 
 // What the caller must know of the specialisation.
 extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W,
@@ -341,8 +352,7 @@ extern "C" int32_t sparsefx_linear(const Value* x, const void* values, const uin
     const Tail tail{bias, extras, y, out / OF_W};
     Weight weight{values_in(values), keys, row_ptr, scales, 0, {}};
     void* padded = weight.pad(shape);
-    const auto& run = many_rows_pay(shape, batch) ? many_rows : few_rows;
-    const bool done = padded && run(weight, x, shape, tail, batch, threads);
+    const bool done = padded && way(shape, batch)(weight, x, shape, tail, batch, threads);
     std::free(padded);
     return done ? 0 : 1;
 }

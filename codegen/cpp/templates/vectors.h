@@ -94,9 +94,10 @@ static inline void transpose(Vector (&rows)[FLOATS]) {
 // square[column][row] of `rows` by `columns` of x [row][column], zero beyond them.
 static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t columns,
                           Vector (&square)[FLOATS]) {
-    if (rows >= FLOATS && columns >= FLOATS) {
+    if (columns >= FLOATS) {
 #pragma GCC unroll 16
-        for (int row = 0; row < FLOATS; ++row) square[row] = widened(x + row * stride);
+        for (int row = 0; row < FLOATS; ++row)
+            square[row] = row < rows ? widened(x + row * stride) : Vector{};
     } else {
         float lines[FLOATS][FLOATS] = {};
         for (int64_t row = 0; row < std::min<int64_t>(rows, FLOATS); ++row)
