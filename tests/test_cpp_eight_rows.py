@@ -39,7 +39,7 @@ def test_epilogues(epilogue: str) -> None:
 
 
 @pytest.mark.parametrize(("values", "group"), [("int8", 0), ("int8", 64), ("int4", 32)])
-def test_codes(values: str, group: int) -> None:
+def test_codes_go_another_way(values: str, group: int) -> None:
     packing = Packing("bitmap", values=values, group=group)
     case = Quantised(packing, torch.float32, 0.08, 1100)
     tensors = case.tensors()

@@ -79,16 +79,9 @@ static inline int64_t columns_of_indices(const uint8_t* keys, int64_t columns, u
     return count;
 }
 
-// The next `count` values of a row of W as floats, of the columns that are listed, in units of
-// 1 / PLACE, from `from` on. Reads FLOATS - 1 values too many.
-template <int PLACE = 1>
-static inline void widen_kept(const Row& row, int64_t from, int64_t count, const Kept& list) {
-    for (int64_t i = 0; i < count; i += FLOATS) stored(widened(row.values + i), list.values + i);
-    if constexpr (SCALED)
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t column = from + list.columns[i] / PLACE;
-            list.values[i] *= widen(row.scales + (GROUP ? column / std::max(1, GROUP) : 0));
-        }
+// `count` values as floats. Reads and writes FLOATS - 1 too many.
+static inline void widen_values(const Values& values, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += FLOATS) stored(widened(values + i), to + i);
 }
 
 // Lists the columns [from, to) of a row of W, of which `row.values` are the first values; returns
@@ -98,6 +91,9 @@ static inline int64_t list_kept(const Row& row, int64_t from, int64_t to, const 
     const int64_t count = INDEX_BITS
         ? columns_of_indices(row.keys + before, to - from, list.columns)
         : columns_of_bits(row.keys + before, to - from, list.columns);
-    widen_kept(row, from, count, list);
+    widen_values(row.values, count, list.values);
+    if constexpr (SCALED)
+        for (int64_t i = 0; i < count; ++i)
+            list.values[i] *= widen(row.scales + (GROUP ? (from + list.columns[i]) / std::max(1, GROUP) : 0));
     return count;
 }
