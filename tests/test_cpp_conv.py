@@ -16,7 +16,7 @@ from sparsefx.convolutions import ConvSpec, Taps, pack_taps
 from sparsefx.errors import DtypeMismatch, ShapeMismatch
 from tests.golden import assert_golden
 
-ISAS = [each.name for each in isa.LINEAR_ISAS if each.present()]
+ISAS = [each.name for each in isa.VECTOR_ISAS if each.present()]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Smaller than a register, of several tiles, very flat.

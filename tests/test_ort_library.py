@@ -27,7 +27,7 @@ from sparsefx.formats import pack_nm
 from tests.golden import assert_golden
 from tests.onnx_graphs import MLP, sparse_mlp
 
-HERE = [each for each in isa.LINEAR_ISAS if each.present()]
+HERE = [each for each in isa.VECTOR_ISAS if each.present()]
 SHAPES = [(2, 3, 32), (1, 1, 32), (7, 40, 32), (0, 3, 32)]
 FREE = ({0: Dim.AUTO, 1: Dim.AUTO},)
 
@@ -273,7 +273,7 @@ def test_nothing_but_the_entry_is_visible(folder):
 
 def test_instruction_sets_share_no_function(folder):
     """The linker keeps one copy of a weak function: it may be that of a newer processor."""
-    kernels = emit.kernel_sources(wanted(ir.load(folder / "m.onnx")), isa.LINEAR_ISAS)
+    kernels = emit.kernel_sources(wanted(ir.load(folder / "m.onnx")), isa.VECTOR_ISAS)
     for kernel in kernels:
         made = cpp_build.build_object("ort", kernel.text, kernel.isa.flags)
         line = ["nm", "--defined-only", str(made)]
@@ -283,8 +283,8 @@ def test_instruction_sets_share_no_function(folder):
 
 
 def test_choices_are_golden(folder):
-    kernels = emit.kernel_sources(wanted(ir.load(folder / "m.onnx")), isa.LINEAR_ISAS)
-    text = emit.operators_source(kernels, isa.LINEAR_ISAS)
+    kernels = emit.kernel_sources(wanted(ir.load(folder / "m.onnx")), isa.VECTOR_ISAS)
+    text = emit.operators_source(kernels, isa.VECTOR_ISAS)
     for number, kernel in enumerate(kernels):  # names are hashes of what is golden elsewhere
         text = text.replace(kernel.name, f"kernel_{number}")
     begin = text.index("namespace sparsefx {\nextern")

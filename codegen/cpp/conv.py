@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefx.codegen.cpp import build, emit, library
 from sparsefx.codegen.cpp.build import opened
-from sparsefx.codegen.cpp.isa import LINEAR_ISAS, Isa, best, named
+from sparsefx.codegen.cpp.isa import VECTOR_ISAS, Isa, best, named
 from sparsefx.codegen.cpp.operands import misshapen
 from sparsefx.convolutions import CONV_SCHEMA, ConvLowering, ConvSpec, conv_output
 from sparsefx.errors import DtypeMismatch, KernelNotFound
@@ -79,7 +79,7 @@ class CppConv:
         return ConvLowering(torch.ops.sparsefx_cpp.conv2d.default, handle, text, source)
 
     def _isa(self) -> Isa:
-        return best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)
+        return best(VECTOR_ISAS) if self.isa is None else named(self.isa, VECTOR_ISAS)
 
 
 CONV_KERNELS = (CppConv(),)

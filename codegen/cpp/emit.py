@@ -5,7 +5,9 @@ line for each step. Everything else is the template, word for word.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -40,7 +42,8 @@ def source(spec: LinearSpec, isa: Isa, threads: Path = OPENMP) -> str:
     threads: the template that has parallel_for().
     """
     name = "block.cpp" if spec.layout == "block" else "linear.cpp"
-    before, _, rest = inlined(_TEMPLATES / name).partition(_BEGIN)
+    swaps = {} if spec.layout == "block" else {"by_lists.h": isa.block(spec).many}
+    before, _, rest = inlined(_TEMPLATES / name, swaps).partition(_BEGIN)
     after = rest.partition(_END)[2]
     return f"// {title(spec, isa)}\n//\n{before}{_specialisation(spec, isa, threads)}{after}"
 
@@ -97,12 +100,13 @@ def _pattern(spec: LinearSpec) -> str:
     return f"constexpr int N = {spec.n}, M = {spec.m or 1};"
 
 
-def inlined(path: Path) -> str:
-    """A template with the templates that it includes in their place."""
+def inlined(path: Path, swaps: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A template with the templates that it includes in their place, or those they swap with."""
     lines = path.read_text().splitlines()
     found = (re.fullmatch(r'#include "(.+)"', line) for line in lines)
     return "\n".join(
-        inlined(path.parent / m[1]) if m else line for line, m in zip(lines, found, strict=True)
+        inlined(path.parent / swaps.get(m[1], m[1]), swaps) if m else line
+        for line, m in zip(lines, found, strict=True)
     )
 
 

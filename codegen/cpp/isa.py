@@ -1,5 +1,6 @@
 """The instruction sets that C++ kernels are generated for, best first, and which this CPU has."""
 
+import ctypes
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,15 +15,22 @@ from sparsefx.target import LinearSpec
 _BITS = ("-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt")
 
 
+BY_LISTS, BY_TILES = "by_lists.h", "by_tiles.h"
+"""Templates of how to multiply by more rows of x than a block is for."""
+
+
 class Block(NamedTuple):
-    """A template that computes blocks of `width` columns."""
+    """A template that computes blocks of `width` columns, and the one for more rows of x."""
 
     header: str
     width: int
+    many: str = BY_LISTS
 
 
 # The share of kept values up to which a block of 64 or 32 columns mostly keeps at most 16.
 _FEW_OF_64, _FEW_OF_32 = 0.17, 0.35
+# The share of kept values from which on tiles win: they are no faster where less is kept.
+_FEWEST_FOR_TILES = 0.04
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Isa:
 
     `plain` takes one keep bit a column; `pick` N:M indices with at most half kept; `few` keep bits
     of bitmaps that keep few of 64 and of 32 columns; `bf16` and `int8` keep bits, and multiplies
-    bfloat16, or int8 by int8. None where the instruction set is no faster that way.
+    bfloat16, or int8 by int8. None where the instruction set is no faster that way. `base` is the
+    one that it adds tiles to.
     """
 
     name: str
@@ -42,6 +51,19 @@ class Isa:
     few: tuple[Block | None, Block | None] = (None, None)
     bf16: Block | None = None
     int8: Block | None = None
+    base: "Isa | None" = None
+
+    def serving(self, spec: LinearSpec) -> "Isa":
+        """Itself, or `base` where what it adds to it is of no use with `spec`."""
+        if self.base is None or self._adds(spec):
+            return self
+        return self.base
+
+    def _adds(self, spec: LinearSpec) -> bool:
+        """Whether tiles multiply `spec`: not with scales by groups of columns, nor so few values
+        that to list them takes less time."""
+        by_tiles = spec.layout != "block" and self.block(spec).many == BY_TILES
+        return by_tiles and not spec.group and spec.density > _FEWEST_FOR_TILES
 
     def block(self, spec: LinearSpec) -> Block:
         """The template for `spec`: the first wanted whose blocks fill groups, or else `plain`."""
@@ -69,8 +91,8 @@ class Isa:
         return "x86.h" if self.flags else "scalar.h"
 
     def present(self) -> bool:
-        """Whether this machine can run it."""
-        return self.needs <= _cpu_flags()
+        """Whether this machine can run it, and lets this process."""
+        return self.needs <= _cpu_flags() and (self.base is None or _may_use_tiles())
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -101,6 +123,16 @@ AVX512_FP16 = replace(
     plain=Block("avx512_expand.h", 16),
     few=(Block("avx512_places_64.h", 64), None),
 )
+_TILES = ("amx_tile", "amx_bf16", "amx_int8")
+AMX = replace(
+    AVX512_FP16,
+    name="amx",
+    flags=(*AVX512_FP16.flags, *(f"-m{flag.replace('_', '-')}" for flag in _TILES)),
+    needs=AVX512_FP16.needs | {*_TILES},
+    bf16=Block("amx_bf16.h", 32, BY_TILES),
+    int8=Block("amx_int8.h", 64, BY_TILES),
+    base=AVX512_FP16,
+)
 AVX2 = Isa(
     name="avx2",
     flags=("-mavx2", *_BITS),
@@ -109,7 +141,9 @@ AVX2 = Isa(
 )
 PORTABLE = Isa(name="portable", flags=(), needs=frozenset(), plain=Block("portable.h", 16))
 ISAS = (AVX512, AVX2, PORTABLE)
-LINEAR_ISAS = (AVX512_FP16, AVX512_VNNI, *ISAS)
+VECTOR_ISAS = (AVX512_FP16, AVX512_VNNI, *ISAS)
+"""Of kernels whose numbers are float32: tiles do not multiply these."""
+LINEAR_ISAS = (AMX, *VECTOR_ISAS)
 
 
 def best(isas: tuple[Isa, ...] = ISAS) -> Isa:
@@ -134,3 +168,10 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     lines = (line for line in text.splitlines() if line.startswith("flags"))
     return frozenset(next(lines, "").partition(":")[2].split())
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Whether the system lets this process use AMX once it has asked; it may refuse."""
+    arch_prctl, request, tiles = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0

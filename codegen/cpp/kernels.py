@@ -43,11 +43,11 @@ class CppLinear:
             return f"{spec.n}:{spec.m} does not divide {spec.in_features} input features"
         if self.layout == "block" and (refusal := _refused_block(spec)):
             return refusal
-        if spec.group % self._isa().plain.width:
-            return f"groups of {spec.group} columns are no blocks of {self._isa().plain.width}"
+        if spec.group % self._isa(spec).plain.width:
+            return f"groups of {spec.group} columns are no blocks of {self._isa(spec).plain.width}"
         if spec.values == "int8_dynamic" and (spec.group or spec.in_features) > _LONGEST_SUM:
             return f"int8 sums of {spec.in_features} products do not fit 32 bits"
-        return self._absent()
+        return self._absent(spec)
 
     def tunings(self, spec: LinearSpec) -> "tuple[CppLinear, ...]":
         """One: its code has no settings."""
@@ -59,7 +59,7 @@ class CppLinear:
         Kernels that cannot use N:M indices get one keep bit a column instead, which is no more
         bytes at 2:4, 4:8 and 2:8. Values, and all tensors of a bitmap, are passed on uncopied.
         """
-        isa = self._isa()
+        isa = self._isa(spec)
         text = emit.source(spec, isa)
         handle, path = build.build(_prefix(spec, isa), text, isa.flags)
         load = block_call.load if self.layout == "block" else call.load
@@ -75,14 +75,16 @@ class CppLinear:
         width = features(spec.out_features, spec.epilogue)
         return Lowering(op, arranged, handle, width, text, str(source))
 
-    def _absent(self) -> str | None:
+    def _absent(self, spec: LinearSpec) -> str | None:
         """What this machine lacks to run it."""
-        if not self._isa().present():
-            return f"this CPU has no {self._isa().name}"
+        isa = self._isa(spec)
+        if not isa.present():
+            return f"this CPU has no {isa.name}"
         return None if build.compiler() else "no C++ compiler (g++) on PATH"
 
-    def _isa(self) -> Isa:
-        return best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)
+    def _isa(self, spec: LinearSpec) -> Isa:
+        isa = best(LINEAR_ISAS) if self.isa is None else named(self.isa, LINEAR_ISAS)
+        return isa.serving(spec)
 
 
 TARGET_KERNELS = (CppLinear("nm"), CppLinear("bitmap"), CppLinear("block"))

@@ -265,15 +265,15 @@ static float scale_of(const Value* x, int64_t columns) {
     return std::isfinite(size) ? size / 127 : NAN;
 }
 
-template <class Code>
+template <int OFFSET = ZERO, class Code>
 static void stage_codes(const Value* x, int64_t columns, float scale, Code* staged) {
     constexpr float SHIFT = 0x1.8p23f;  // added and taken off again, rounds half to even
     const float divisor = scale != 0 ? scale : 1;
     for (int64_t c = 0; c < columns; ++c) {
         const float code = std::max(-127.f, std::min(127.f, widen(x + c) / divisor));
-        staged[c] = Code(static_cast<int32_t>(code + SHIFT - SHIFT) + ZERO);
+        staged[c] = Code(static_cast<int32_t>(code + SHIFT - SHIFT) + OFFSET);
     }
-    for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(ZERO);
+    for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(OFFSET);
 }
 
 // Copies `batch` rows of x into the order and type that dot() reads, filled up with zeros.
@@ -318,22 +318,7 @@ static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, c
 }
 
 #include "vectors.h"
-#include "kept.h"
-constexpr bool PAIRS = false;  // columns of x are staged one by one
-#include "cut.h"
-#include "lists.h"
-#include "many_rows.h"
-#ifdef __AVX512VBMI2__
-#include "eight_rows.h"
-#endif
-
-// The fastest way to multiply by `batch` rows of x.
-static decltype(&few_rows) way(const Shape& shape, int64_t batch) {
-#ifdef __AVX512VBMI2__
-    if (eight_rows_pay(shape, batch)) return eight_rows;
-#endif
-    return many_rows_pay(shape, batch) ? many_rows : few_rows;
-}
+#include "by_lists.h"
 
 // What the caller must know of the specialisation.
 extern "C" const int32_t sparsefx_numbers[] = {BIAS, EXTRAS, N, M, INDEX_BITS, OF_W,

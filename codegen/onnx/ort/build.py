@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sparsefx.codegen.cpp.build import build_object, compiler
-from sparsefx.codegen.cpp.isa import LINEAR_ISAS, PORTABLE, Isa
+from sparsefx.codegen.cpp.isa import VECTOR_ISAS, PORTABLE, Isa
 from sparsefx.codegen.onnx.ort.emit import kernel_sources, operators_source
 from sparsefx.errors import KernelBuildFailed
 from sparsefx.target import LinearSpec
@@ -30,7 +30,7 @@ def build_library(specs: Sequence[LinearSpec], path: Path, isas: Sequence[Isa] =
     isas: instruction sets, best first; () is all that this kind of processor may have. Raises
     KernelBuildFailed, also where there is no compiler.
     """
-    isas = isas or (LINEAR_ISAS if platform.machine() in _X86 else (PORTABLE,))
+    isas = isas or (VECTOR_ISAS if platform.machine() in _X86 else (PORTABLE,))
     kernels = kernel_sources(specs, isas)
     sources = [(kernel.text, kernel.isa.flags) for kernel in kernels]
     sources.append((operators_source(kernels, isas), ()))
