@@ -14,7 +14,6 @@ from sparsefx.target import LinearSpec
 
 _BITS = ("-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt")
 
-
 BY_LISTS, BY_TILES = "by_lists.h", "by_tiles.h"
 """Templates of how to multiply by more rows of x than a block is for."""
 
@@ -174,4 +173,4 @@ def _cpu_flags() -> frozenset[str]:
 def _may_use_tiles() -> bool:
     """Whether the system lets this process use AMX once it has asked; it may refuse."""
     arch_prctl, request, tiles = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0)

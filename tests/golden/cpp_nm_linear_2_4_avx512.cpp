@@ -536,15 +536,15 @@ static float scale_of(const Value* x, int64_t columns) {
     return std::isfinite(size) ? size / 127 : NAN;
 }
 
-template <class Code>
+template <int OFFSET = ZERO, class Code>
 static void stage_codes(const Value* x, int64_t columns, float scale, Code* staged) {
     constexpr float SHIFT = 0x1.8p23f;  // added and taken off again, rounds half to even
     const float divisor = scale != 0 ? scale : 1;
     for (int64_t c = 0; c < columns; ++c) {
         const float code = std::max(-127.f, std::min(127.f, widen(x + c) / divisor));
-        staged[c] = Code(static_cast<int32_t>(code + SHIFT - SHIFT) + ZERO);
+        staged[c] = Code(static_cast<int32_t>(code + SHIFT - SHIFT) + OFFSET);
     }
-    for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(ZERO);
+    for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(OFFSET);
 }
 
 // Copies `batch` rows of x into the order and type that dot() reads, filled up with zeros.
@@ -697,6 +697,7 @@ static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t 
     }
     transpose(square);
 }
+// More rows of x than few_rows() is for: weights listed with their columns.
 // Which weights a row of W keeps in a tile of columns, as a list: their values as floats, and their
 // columns, counted from the first of the tile. A tile begins at a multiple of 64 columns.
 struct Kept {

@@ -1,8 +1,8 @@
-// 16 rows of W go through panels of columns: while one panel is multiplied the next is expanded, its
-// weights and the zeros between them, so that what a tile loads was stored long before. Two panels
-// and what is met with them stay in the first cache.
-constexpr int PANEL = 8;         // blocks of columns
-constexpr int AT_ONCE = 4;       // tiles of x that share a load of W
+// 16 rows of W go through panels of columns: while one panel is multiplied the next is expanded,
+// its weights and the zeros between them, so that what a tile loads was stored long before. Two
+// panels and what is met with them stay in the first cache.
+constexpr int PANEL = 8;    // blocks of columns
+constexpr int AT_ONCE = 4;  // tiles of x that share a load of W
 constexpr int ROWS_AT_ONCE = AT_ONCE * TILE_ROWS;
 constexpr int SQUARE = TILE_ROWS * TILE_ROWS;  // sums of a tile
 
@@ -16,8 +16,8 @@ static inline void each_tile(const Do& what) {
 
 // What a worker multiplies with all of x at hand, and the memory that it writes to.
 struct Strip {
-    static constexpr int PANELS = 2 * PANEL * TILE;            // bytes
-    static constexpr int OF_X = AT_ONCE, OF_WEIGHTS = 7;       // registers; sums are in the first
+    static constexpr int PANELS = 2 * PANEL * TILE;       // bytes
+    static constexpr int OF_X = AT_ONCE, OF_WEIGHTS = 7;  // registers; sums are in the first
     const Weight& weight;
     const Shape& shape;
     const Tail& tail;

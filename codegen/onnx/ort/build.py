@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sparsefx.codegen.cpp.build import build_object, compiler
-from sparsefx.codegen.cpp.isa import VECTOR_ISAS, PORTABLE, Isa
+from sparsefx.codegen.cpp.isa import PORTABLE, VECTOR_ISAS, Isa
 from sparsefx.codegen.onnx.ort.emit import kernel_sources, operators_source
 from sparsefx.errors import KernelBuildFailed
 from sparsefx.target import LinearSpec
