@@ -238,7 +238,7 @@ static inline void tile_multiply() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS_IN), "i"(W), "i"(X_IN));
 }
 
-// Rows of x from which on tiles multiply them. Measured on Emerald Rapids, of 4096 x 4096: 2:4 takes
+// Rows of x from which on tiles multiply them. Measured on Emerald Rapids, 4096 x 4096: 2:4 takes
 // a quarter longer by tiles at 4 rows of x, which few_rows() takes at once; 0.85 of its time at 6.
 constexpr int FEWEST_BY_TILES = 5;
 // One line for each step from the sums of OF_W rows of W to a feature of y; `at` is
