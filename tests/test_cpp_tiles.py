@@ -165,7 +165,7 @@ prctl = ctypes.CDLL(None).prctl
 prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(program), 0, 0) == 0
 from sparsefx.codegen.cpp import isa
-assert not isa.AMX.present() and isa.best(isa.LINEAR_ISAS) is isa.AVX512_VNNI
+assert not isa.AMX.present() and isa.best(isa.LINEAR_ISAS) is isa.AVX512_FP16
 from tests.test_cpp_tiles import *
 case = bf16_case((2, 4), 37, 328)
 """
@@ -189,7 +189,7 @@ def test_tiles_serve_what_they_multiply() -> None:
     blocks = replace(bf16, layout="block", n=0, m=0, block=(16, 16))
     others = (replace(bf16, dtype=FLOAT), replace(bf16, dtype=HALF), replace(coded, values="int8"))
     for spec in (grouped, listed, blocks, *others):
-        assert isa.AMX.serving(spec) is isa.AVX512_VNNI
+        assert isa.AMX.serving(spec) is isa.AVX512_FP16
 
 
 def test_declines_tiles_that_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_declines_tiles_that_are_absent(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(isa, "_cpu_flags", lambda: isa.AMX.needs)
     monkeypatch.setattr(isa, "_may_use_tiles", lambda: False)
     assert CppLinear("nm", "amx").accepts(spec) == "this CPU has no amx"
-    assert isa.best(isa.LINEAR_ISAS) is isa.AVX512_VNNI
+    assert isa.best(isa.LINEAR_ISAS) is isa.AVX512_FP16
 
 
 def test_text_of_a_kernel_by_tiles() -> None:

@@ -646,7 +646,7 @@ static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t 
     }
     transpose(square);
 }
-// More rows of x than few_rows() is for: weights listed with their columns.
+// How to multiply by any number of rows of x: few as above, more by lists of what W keeps.
 // Which weights a row of W keeps in a tile of columns, as a list: their values as floats, and their
 // columns, counted from the first of the tile. A tile begins at a multiple of 64 columns.
 struct Kept {

@@ -176,8 +176,15 @@ static inline Lanes expand(Key keep, Values values) {
     return _mm512_maskz_expand_epi8(keep, at_hand);
 }
 
-static inline void multiply_add(Sum& sum, Lanes weights, const X* x) {
-    sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(x), weights);
+using Input = __m512i;        // a block of x
+static inline Input input(const X* x) {
+    Input columns = _mm512_loadu_si512(x);
+    asm("" : "+v"(columns));  // in a register: g++ would read it once for each row of W
+    return columns;
+}
+
+static inline void multiply_add(Sum& sum, Lanes weights, Input x) {
+    sum = _mm512_dpbusd_epi32(sum, x, weights);
 }
 
 static inline void add_zeros(Sum& sum, Lanes weights) {
@@ -251,7 +258,7 @@ static inline float epilogue(const float* sums, [[maybe_unused]] int64_t feature
 }
 
 constexpr int KEPT = WIDTH * N / M;  // values of a block of WIDTH columns; 0: as its bits say
-constexpr int ROWS = 4;              // rows of W that a thread walks side by side
+constexpr int ROWS = 12;             // rows of W that a thread takes at a time
 constexpr int64_t CHUNK = 64;        // rows of x staged at a time
 constexpr int64_t ROOM = 64;         // bytes that expand() may read from where values begin
 
@@ -314,9 +321,11 @@ template <int HEIGHT, int BATCH>
 static inline void add_block(Sums<HEIGHT, BATCH>& sums, const Lanes (&weights)[HEIGHT],
                              const X* x) {
 #pragma GCC unroll 8
-    for (int b = 0; b < BATCH; ++b)
+    for (int b = 0; b < BATCH; ++b) {
+        const Input columns = input(x + b * WIDTH);
 #pragma GCC unroll 4
-        for (int r = 0; r < HEIGHT; ++r) multiply_add(sums.of[r][b], weights[r], x + b * WIDTH);
+        for (int r = 0; r < HEIGHT; ++r) multiply_add(sums.of[r][b], weights[r], columns);
+    }
     if constexpr (ZERO != 0)
 #pragma GCC unroll 4
         for (int r = 0; r < HEIGHT; ++r) add_zeros(sums.zeros[r], weights[r]);
@@ -446,23 +455,32 @@ static inline void rows_by_batch(const Weight& weight, const Staged& x, const Sh
         for (int r = 0; r < HEIGHT; ++r) sums[b][r] = DYNAMIC ? dots[r][b] * x.scales[b] : dots[r][b];
 }
 
-// ROWS rows of W by BATCH rows of x, as many rows of W side by side as registers hold sums.
+// ROWS rows of W by BATCH rows of x, of which the first `batch` are wanted; as many rows of W side
+// by side as registers hold sums.
 template <int BATCH>
 static void group_by_batch(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
-                           int64_t column, int64_t first) {
-    constexpr int HEIGHT = std::max(1, std::min(ROWS, SUMS / BATCH));
+                           int64_t column, int64_t first, int64_t batch) {
+    constexpr int HEIGHT = std::max(1, std::min(4, SUMS / BATCH));
     const int64_t count = std::min<int64_t>(ROWS, shape.out - column);
     float sums[BATCH][ROWS];
     for (int64_t r = 0; r < count; r += HEIGHT)
         rows_by_batch<HEIGHT, BATCH>(weight, x, shape, column + r,
                                      reinterpret_cast<float (*)[ROWS]>(&sums[0][r]));
-    for (int b = 0; b < BATCH; ++b) tail.store(sums[b], count, column, first + b);
+    for (int b = 0; b < std::min<int64_t>(BATCH, batch); ++b)
+        tail.store(sums[b], count, column, first + b);
 }
 
+// How many rows of x are multiplied at a time when `left` are left. Rows of zeros fill up a block:
+// to expand weights once more would cost more.
 static int batch_block(int64_t left) {
-    int block = MAX_BATCH;
-    while (block > left) block /= 2;
+    int block = 1;
+    while (block < std::min<int64_t>(left, MAX_BATCH)) block *= 2;
     return block;
+}
+
+static int64_t filled_up(int64_t batch) {
+    const int64_t rest = batch % MAX_BATCH;
+    return batch - rest + (rest ? batch_block(rest) : 0);
 }
 
 static void group(const Weight& weight, const Staged& x, const Shape& shape, const Tail& tail,
@@ -470,12 +488,12 @@ static void group(const Weight& weight, const Staged& x, const Shape& shape, con
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
         const Staged rows{x.rows + done * shape.padded(), x.scales + done};
-        const int64_t at = first + done;
+        const int64_t at = first + done, left = batch - done;
         switch (block) {
-            case 8: group_by_batch<8>(weight, rows, shape, tail, column, at); break;
-            case 4: group_by_batch<4>(weight, rows, shape, tail, column, at); break;
-            case 2: group_by_batch<2>(weight, rows, shape, tail, column, at); break;
-            default: group_by_batch<1>(weight, rows, shape, tail, column, at);
+            case 8: group_by_batch<8>(weight, rows, shape, tail, column, at, left); break;
+            case 4: group_by_batch<4>(weight, rows, shape, tail, column, at, left); break;
+            case 2: group_by_batch<2>(weight, rows, shape, tail, column, at, left); break;
+            default: group_by_batch<1>(weight, rows, shape, tail, column, at, left);
         }
         done += block;
     }
@@ -511,15 +529,16 @@ static void stage_codes(const Value* x, int64_t columns, float scale, Code* stag
     for (int64_t c = columns; c < WIDTH; ++c) staged[c] = Code(OFFSET);
 }
 
-// Copies `batch` rows of x into the order and type that dot() reads, columns padded with zeros.
+// Copies `batch` rows of x into the order and type that dot() reads, filled up with zeros.
 template <class To>
 static void stage(const Value* x, To* staged, float* scales, const Shape& shape, int64_t batch) {
     for (int64_t done = 0; done < batch;) {
         const int block = batch_block(batch - done);
         for (int b = 0; b < block; ++b, x += shape.in) {
-            if (DYNAMIC) scales[done + b] = scale_of(x, shape.in);
+            const int64_t in = done + b < batch ? shape.in : 0;
+            if (DYNAMIC) scales[done + b] = scale_of(x, in);
             for (int64_t c = 0; c < shape.padded(); c += WIDTH) {
-                const int64_t columns = std::min<int64_t>(WIDTH, shape.in - c);
+                const int64_t columns = std::max<int64_t>(0, std::min<int64_t>(WIDTH, in - c));
                 To* at = staged + c * block + b * WIDTH;
                 if constexpr (DYNAMIC) stage_codes(x + c, columns, scales[done + b], at);
                 else stage_block(x + c, columns, at);
@@ -532,7 +551,7 @@ static void stage(const Value* x, To* staged, float* scales, const Shape& shape,
 
 static bool few_rows(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
                      int64_t batch, int32_t threads) {
-    const size_t bytes = std::min(batch, CHUNK) * shape.padded() * sizeof(X);
+    const size_t bytes = filled_up(std::min(batch, CHUNK)) * shape.padded() * sizeof(X);
     X* staged = static_cast<X*>(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
     if (!staged) return false;
     const int64_t groups = (shape.out + ROWS - 1) / ROWS;
@@ -647,9 +666,10 @@ static inline void transpose(Vector (&rows)[FLOATS]) {
 // square[column][row] of `rows` by `columns` of x [row][column], zero beyond them.
 static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t columns,
                           Vector (&square)[FLOATS]) {
-    if (rows >= FLOATS && columns >= FLOATS) {
+    if (columns >= FLOATS) {
 #pragma GCC unroll 16
-        for (int row = 0; row < FLOATS; ++row) square[row] = widened(x + row * stride);
+        for (int row = 0; row < FLOATS; ++row)
+            square[row] = row < rows ? widened(x + row * stride) : Vector{};
     } else {
         float lines[FLOATS][FLOATS] = {};
         for (int64_t row = 0; row < std::min<int64_t>(rows, FLOATS); ++row)
@@ -659,8 +679,8 @@ static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t 
     }
     transpose(square);
 }
-// More rows of x than few_rows() is for, by tiles: y^T = W x^T, in blocks of 16 rows of W by WIDTH
-// columns that are expanded once for all rows of x at hand.
+// How to multiply by any number of rows of x: few as above, more by tiles. y^T = W x^T, in blocks of
+// 16 rows of W by WIDTH columns that are expanded once for all rows of x at hand.
 // x as tiles take it: words, each two columns of bfloat16 or four of int8, turned so that those of
 // 16 rows of x lie beside each other, or of as many rows as there are.
 struct TiledX {
@@ -904,7 +924,7 @@ static int64_t most_rows(const Shape& shape) {
     return std::min(MOST, std::max<int64_t>(1, fitting) * ROWS_AT_ONCE);
 }
 
-static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
+static bool by_tiles(const Weight& weight, const Value* x, const Shape& shape, const Tail& tail,
                       int64_t batch, int32_t threads) {
     const int64_t chunks = (batch + most_rows(shape) - 1) / most_rows(shape);
     const int64_t even = (batch + chunks - 1) / chunks;
@@ -920,8 +940,9 @@ static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, 
     return done;
 }
 
-static bool many_rows_pay(const Shape&, int64_t batch) {
-    return MAY_USE_TILES && batch >= FEWEST_BY_TILES;
+// The fastest way to multiply by `batch` rows of x.
+static decltype(&few_rows) way(const Shape&, int64_t batch) {
+    return MAY_USE_TILES && batch >= FEWEST_BY_TILES ? by_tiles : few_rows;
 }
 
 // What the caller must know of the specialisation.
@@ -941,8 +962,7 @@ extern "C" int32_t sparsefx_linear(const Value* x, const void* values, const uin
     const Tail tail{bias, extras, y, out / OF_W};
     Weight weight{values_in(values), keys, row_ptr, scales, 0, {}};
     void* padded = weight.pad(shape);
-    const auto& run = many_rows_pay(shape, batch) ? many_rows : few_rows;
-    const bool done = padded && run(weight, x, shape, tail, batch, threads);
+    const bool done = padded && way(shape, batch)(weight, x, shape, tail, batch, threads);
     std::free(padded);
     return done ? 0 : 1;
 }
