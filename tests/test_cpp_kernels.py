@@ -356,3 +356,28 @@ def test_epilogue_steps_are_all_covered() -> None:
     covered = {step.op for text in EPILOGUES for step in parse(text)}
     assert covered == {*ACTIVATIONS, *GATES, *BINARY, "scale"}
     assert Step("scale", 1e-05) in parse(EPILOGUES[-1])
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [63, 127, 1000])
+def test_last_blocks_that_keep_more_than_a_register(
+    width: int, dtype: torch.dtype, isa_name: str
+) -> None:
+    """Few are kept, but more than 16 of the columns behind the last whole block in some rows."""
+    case = Case(0.84, dtype, 1024, width, isa_name)
+    rest = case.weight[:, width // 64 * 64 :]
+    assert (rest != 0).sum(1).max() > 16, case
+    for rows in (1, 2):
+        case.check(case.tensor(rows, width))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_columns(dtype: torch.dtype, rows: int) -> None:
+    case = Case(0.9, dtype, 16, 64, None)
+    empty = [torch.empty(0, dtype=dtype), torch.empty(16, 0, dtype=torch.uint8)]
+    x, row_ptr = torch.empty(rows, 0, dtype=dtype), torch.zeros(17, dtype=torch.int32)
+    lowering = case.lowering
+    found = lowering.op(x, [*empty, row_ptr], None, [], lowering.handle, 16)
+    assert torch.equal(found, torch.zeros(rows, 16, dtype=dtype))

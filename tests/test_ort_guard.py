@@ -67,6 +67,32 @@ def test_all_win_or_all_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert stock.get_outputs()
 
 
+class Twice(nn.Module):
+    """One layer at two numbers of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x), self.layer(y)
+
+
+def test_a_weight_that_wins_in_one_of_two_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        guard, "_verdict", lambda model, node, shapes, library: FAST if shapes[0][0] == 4 else SLOW
+    )
+    recipe = sparsefx.Recipe({"*": sparsefx.NM(2, 4)})
+    model = sparsefx.sparsify(Twice(), recipe, progress=False).eval()
+    inputs, file = (torch.randn(4, 32), torch.randn(64, 32)), tmp_path / "m.onnx"
+    report = sparsefx.export_onnx(model, inputs, file, library=tmp_path / "m.so")
+    found = [node.domain for node in onnx.load(file).graph.node if node.op_type == "NMLinear"]
+    assert sorted(found) == [DOMAIN, DENSE_DOMAIN]
+    assert all("in those of its calls where" in row.reason for row in report.rows)
+
+
 class Wide(nn.Module):
     """Two equal layers, and one so small that no kernel pays."""
 

@@ -52,6 +52,15 @@ def test_equals_the_meaning(dtype: torch.dtype, rows: int) -> None:
         case.check(case.run())  # the plain meaning, from what is stored
 
 
+@pytest.mark.parametrize("epilogue", ["", "mul 0;relu;add 1"])
+@pytest.mark.parametrize("settings", [(), (("split", 2),)], ids=str)
+@pytest.mark.parametrize("rows", [17, 40])
+def test_more_rows_than_it_was_made_for(rows: int, settings: Settings, epilogue: str) -> None:
+    """guard="off" makes one kernel for the example's rows, and calls bring any number."""
+    case = make(with_rows(spec_of(FP16, 333, epilogue), 4), (rows,), "places", settings)
+    case.check(case.launched())
+
+
 @pytest.mark.parametrize("width", [61, 256, 700])
 @pytest.mark.parametrize(
     "settings", [(("lanes", 32),), (("lanes", 16), ("warps", 4), ("ahead", 1))], ids=str

@@ -81,10 +81,66 @@ def test_processes_end_when_there_is_no_work(monkeypatch: pytest.MonkeyPatch, po
     assert not pool.waiting()
 
 
-def test_a_process_that_ends_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompile.sys, "executable", "/bin/true")
+@pytest.mark.parametrize("program", ["/bin/true", "/bin/echo", "/nowhere"])
+def test_a_process_that_never_answers_says_nothing_of_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr(precompile.sys, "executable", program)
     found = Pool(2).compile((GOOD, FORGED), "sm_90")
-    assert set(found.values()) == {Outcome(ENDED)}
+    assert all(each.error and not each.fault for each in found.values())
+
+
+def test_a_process_that_ends_on_a_kernel_condemns_it(
+    monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    pool.compile((GOOD,), "sm_90")
+    ask = _Worker.ask
+
+    def dies(self: _Worker, request: Request, arch: str) -> Outcome | None:
+        self._process.kill()
+        self._process.wait()
+        return ask(self, request, arch)
+
+    monkeypatch.setattr(_Worker, "ask", dies)
+    assert pool.compile((FORGED,), "sm_90")[FORGED] == Outcome(ENDED)
+
+
+def test_a_process_that_ended_while_it_waited_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    started: list[_Worker] = []
+    start = _Worker.__init__
+    monkeypatch.setattr(_Worker, "__init__", lambda self: (start(self), started.append(self))[0])
+    pool.compile((GOOD,), "sm_90")
+    started[0]._process.kill()
+    started[0]._process.wait()
+    assert pool.compile((GOOD,), "sm_90")[GOOD].error == ""
+    assert len(started) == 2
+
+
+def test_what_lies_in_the_working_folder_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    assert pool.compile((GOOD,), "sm_90")[GOOD].error == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/sparsefx")
+    outcome = pool.compile((GOOD,), "sm_90")[GOOD]
+    assert "/proc/sparsefx" in outcome.error and not outcome.fault
+
+
+def test_a_forked_process_leaves_the_processes_alone(pool: Pool) -> None:
+    pool.compile((GOOD,), "sm_90")
+    waiting = pool._idle
+    pool.forget()
+    assert not pool.waiting() and waiting.qsize() == 1
+    pool._idle = waiting
 
 
 def test_nothing_to_do() -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sparsefx.codegen.onnx.attention_nodes import WrittenAttention
 from sparsefx.codegen.onnx.check import Probe, check_file, difference, probes, session
 from sparsefx.codegen.onnx.lower import StoredWeight, lower
-from sparsefx.codegen.onnx.ort.guard import demote, losers
+from sparsefx.codegen.onnx.ort.guard import demote, losers, taken
 from sparsefx.codegen.onnx.ort.library import LibraryFacts, refuse, staged_library, timed
 from sparsefx.codegen.onnx.translate import to_onnx, to_program
 from sparsefx.errors import ExportFailed, NotExportable, SparseFXError, UnknownOption
@@ -114,7 +114,9 @@ def export(
                 if built is not None and guard and (slower := checks.slower(model, built)):
                     demote(model, slower)
                     _save(model, staged, path, one_file)
-                    built = replace(built, slower=frozenset(slower.values()))
+                    weights = frozenset(slower.values())
+                    some = weights & taken(model)
+                    built = replace(built, slower=weights - some, partly=some)
                     compared, built = checks.run(built)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()

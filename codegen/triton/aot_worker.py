@@ -25,8 +25,9 @@ def answer(line: str) -> dict[str, object]:
         job = json.loads(line)
         compile_it = aot.compile_attention if "keys" in job else aot.compile_for
         return {"ok": True, **asdict(compile_it(**job))}
-    # RuntimeError: how Triton reports a failed MLIR pass; TypeError: a job with other fields
-    except (SparseFXError, RuntimeError, TypeError, ValueError) as error:
+    # RuntimeError: how Triton reports a failed MLIR pass; TypeError: a job with other fields;
+    # OSError: no place to keep what was compiled
+    except (SparseFXError, RuntimeError, TypeError, ValueError, OSError) as error:
         return {"ok": False, "error": f"{type(error).__name__}: {str(error)[:400]}"}
 
 

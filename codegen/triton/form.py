@@ -5,7 +5,7 @@ which launches one call takes. It knows no device and does not import Triton.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -48,6 +48,11 @@ class Problem:
     def in_features(self) -> int:
         """Columns of x."""
         return self.x.shape[1]
+
+    def part(self, first: int, end: int) -> "Problem":
+        """The same of some rows of x alone."""
+        extras = tuple(extra.view(-1, extra.shape[-1])[first:end] for extra in self.extras)
+        return replace(self, x=self.x[first:end], y=self.y[first:end], extras=extras)
 
 
 class Form(Protocol):

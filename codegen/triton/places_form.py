@@ -83,25 +83,34 @@ class PlacesForm:
         return ""
 
     def calls(self, variant: Variant, problem: Problem) -> tuple[Call, ...]:
-        """The kernel; before it, for several rows, x by columns; behind it the sum of a split."""
-        lanes, warps = variant.setting("lanes", 8), variant.setting("warps", 2)
-        split, length = variant.setting("split", 1), 32 * warps
-        together = power(problem.rows, 1, _TOGETHER)
-        planes = cdiv(problem.rows, together)
-        x, before = _ordered(problem, planes, together) if problem.rows > 1 else (problem.x, ())
-        options: dict[str, int | str] = {
-            "ROWS": together,
-            "PLANES": planes,
-            "LANES": lanes,
-            "LENGTH": length,
-            "AHEAD": variant.setting("ahead", 0),
-            "num_warps": warps,
-        }
-        grid = (cdiv(problem.out_features, length // lanes), split)
-        sizes = (problem.rows, problem.out_features, problem.in_features)
-        tensors = (x, *problem.packed, problem.bias, problem.extras, problem.y)
-        call = Call(grid, (*tensors, *sizes), options)
-        return (*before, *finished(variant, problem, call, split))
+        """The kernel; before it, for several rows, x by columns; behind it the sum of a split.
+
+        More than MOST_ROWS rows, which may come where their number varies, are taken in parts.
+        """
+        starts = range(0, problem.rows, MOST_ROWS)
+        parts = [problem.part(start, start + MOST_ROWS) for start in starts]
+        return tuple(call for part in parts for call in _calls(variant, part))
+
+
+def _calls(variant: Variant, problem: Problem) -> tuple[Call, ...]:
+    lanes, warps = variant.setting("lanes", 8), variant.setting("warps", 2)
+    split, length = variant.setting("split", 1), 32 * warps
+    together = power(problem.rows, 1, _TOGETHER)
+    planes = cdiv(problem.rows, together)
+    x, before = _ordered(problem, planes, together) if problem.rows > 1 else (problem.x, ())
+    options: dict[str, int | str] = {
+        "ROWS": together,
+        "PLANES": planes,
+        "LANES": lanes,
+        "LENGTH": length,
+        "AHEAD": variant.setting("ahead", 0),
+        "num_warps": warps,
+    }
+    grid = (cdiv(problem.out_features, length // lanes), split)
+    sizes = (problem.rows, problem.out_features, problem.in_features)
+    tensors = (x, *problem.packed, problem.bias, problem.extras, problem.y)
+    call = Call(grid, (*tensors, *sizes), options)
+    return (*before, *finished(variant, problem, call, split))
 
 
 def _vectors(spec: LinearSpec) -> int:

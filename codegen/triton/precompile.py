@@ -7,6 +7,7 @@ the kernel, how its arguments are specialised, and the device's architecture.
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -23,6 +24,10 @@ from sparsefx.target import LinearSpec, Lowering
 PROCESSES = 4
 ENDED = "the compiler ended its process"
 IDLE = 20.0  # s after which processes that wait for work end; each takes seconds to start
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from sparsefx.codegen.triton.aot_worker import main; main()"
+)
 _SMALL = 128  # rows of W: how many there are is no part of a compiled kernel, but see `_small`
 
 
@@ -117,25 +122,42 @@ class Pool:
         """How many processes wait for work."""
         return self._idle.qsize()
 
+    def forget(self) -> None:
+        """Leaves the processes to the parent of a forked process."""
+        self._idle = queue.LifoQueue()
+
     def _answer(self, request: Request, arch: str) -> Outcome:
         try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = _Worker()
+            worker = self._running() or _Worker()
+        except OSError as error:
+            return Outcome(str(error))
         answer = worker.ask(request, arch)
-        if answer is None:
-            worker.close()
-            return Outcome(ENDED)
-        self._idle.put(worker)
-        return answer
+        if answer is not None:
+            worker.has_answered = True
+            self._idle.put(worker)
+            return answer
+        worker.close()
+        # One that never answered may lack what this process has; that says nothing of the kernel.
+        return Outcome(ENDED if worker.has_answered else "no process that compiles would start")
+
+    def _running(self) -> "_Worker | None":
+        """One that waits and has not ended meanwhile."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                worker = self._idle.get_nowait()
+                if worker.is_running():
+                    return worker
+                worker.close()
+        return None
 
 
 class _Worker:
-    """One `aot_worker` process."""
+    """One `aot_worker` process, which imports what this process would."""
 
     def __init__(self) -> None:
+        self.has_answered = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sparsefx.codegen.triton.aot_worker"],
+            [sys.executable, "-c", _START, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -150,10 +172,10 @@ class _Worker:
             stdin.flush()
         except BrokenPipeError:
             return None
-        line = stdout.readline()
-        if not line:
+        try:
+            answer = json.loads(stdout.readline())
+        except ValueError:  # the end of it, or something that another library printed
             return None
-        answer = json.loads(line)
         if not answer["ok"]:
             return Outcome(str(answer["error"]))
         return Outcome("", int(answer["spills"]), int(answer["shared"]))
@@ -169,6 +191,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             stdin.close()
         stdout.close()
+        self._process.terminate()  # a forked process may hold its input open
         self._process.wait()
 
 
@@ -192,3 +215,4 @@ def _small(out_features: int) -> int:
 
 
 POOL = Pool()
+os.register_at_fork(after_in_child=POOL.forget)

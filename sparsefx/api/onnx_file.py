@@ -136,15 +136,17 @@ def _is_thresholded(gm: fx.GraphModule) -> bool:
 
 
 PACKED = "stored packed in the file; a stock runtime unpacks it at load and runs it dense"
+SPARSE = f"{PACKED}, one with the library registered runs it sparse"
+PARTLY = f"{SPARSE} in those of its calls where that is faster (measured)"
 SLOWER = f"{PACKED}, and so does one with the library: its kernel is not faster here (measured)"
 
 
-def _packed_reason(library: LibraryFacts | None) -> tuple[str, set[str]]:
-    """Why a packed layer is as it is, and the layers that the library leaves alone."""
+def _packed_reason(name: str, library: LibraryFacts | None) -> str:
+    """What becomes of a packed layer."""
     if library is None:
-        return PACKED, set()
-    slower = {weight.removesuffix(".weight") for weight in library.slower}
-    return f"{PACKED}, one with the library registered runs it sparse", slower
+        return PACKED
+    weight = f"{name}.weight"
+    return SLOWER if weight in library.slower else PARTLY if weight in library.partly else SPARSE
 
 
 def _export_report(
@@ -155,12 +157,11 @@ def _export_report(
     effect: float | None,
 ) -> Report:
     why = {"attention": GAINS_NOTHING}
-    packed, slower = _packed_reason(facts.library)
     stored = {weight.name.removesuffix(".weight"): weight.stored_bytes for weight in facts.weights}
     rows = [
         replace(
             row,
-            reason=row.reason or why.get(row.op, SLOWER if row.name in slower else packed),
+            reason=row.reason or why.get(row.op, _packed_reason(row.name, facts.library)),
             stored_bytes=stored.get(row.name, row.dense_bytes),
         )
         for row in ctx.rows.values()

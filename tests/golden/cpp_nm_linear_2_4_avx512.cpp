@@ -317,15 +317,20 @@ static inline Lanes next_block(Values& values, const uint8_t* keys, int64_t ahea
     return lanes;
 }
 
+// Room for the values of the last columns, which the Lanes that are made of them may point to.
+struct LastValues {
+    uint8_t bytes[WIDTH * sizeof(Stored) + ROOM] = {};
+};
+
 // The last columns, fewer than WIDTH; the values that follow belong to another row.
-static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape) {
+static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape,
+                        LastValues& copy) {
     Key key = 0;
     std::memcpy(&key, keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
     const int64_t count = KEPT ? shape.rest() / M * N : __builtin_popcountll(key);
     const int64_t before = halves_before(values);
-    uint8_t copy[WIDTH * sizeof(Stored) + ROOM] = {};
-    std::memcpy(copy, address(values), bytes_of(before + count));
-    return expand(key, values_in(copy) + before);
+    std::memcpy(copy.bytes, address(values), bytes_of(before + count));
+    return expand(key, values_in(copy.bytes) + before);
 }
 
 // All loops over r and b below are unrolled, or sums would live in memory.
@@ -386,9 +391,11 @@ static inline void dot(const Row (&rows)[HEIGHT], const X* x, const Shape& shape
             add_block(sums, weights, x);
         }
         if (shape.rest() && group == shape.groups() - 1) {
+            LastValues copies[HEIGHT];
 #pragma GCC unroll 4
             for (int r = 0; r < HEIGHT; ++r)
-                weights[r] = last_block(values[r], rows[r].keys + block * KEY_BYTES, shape);
+                weights[r] =
+                    last_block(values[r], rows[r].keys + block * KEY_BYTES, shape, copies[r]);
             add_block(sums, weights, x);
         }
         add_group(parts, sums, rows, group);
@@ -1048,10 +1055,10 @@ static bool many_rows(const Weight& weight, const Value* x, const Shape& shape, 
     return done;
 }
 #ifdef __AVX512VBMI2__
-// 3 to 8 rows of x, few weights kept: y^T = W x^T as in many_rows.h, with 8 lanes. A stored weight is
-// one broadcast and one multiply-add of 32 bytes of x^T, a tile of which stays in the first cache.
-// What the next row of W keeps is listed while this one is multiplied. Columns that hold no value
-// are not read: NaN or infinity there does not reach y.
+// 3 to 8 rows of x, few weights kept: y^T = W x^T as in many_rows.h, with 8 lanes. A stored weight
+// is one broadcast and one multiply-add of 32 bytes of x^T, a tile of which stays in the first
+// cache. What the next row of W keeps is listed while this one is multiplied. Columns that hold no
+// value are not read: NaN or infinity there does not reach y.
 constexpr int64_t EIGHT = 8;
 constexpr int64_t EIGHT_TILE = 1024;        // columns of x^T in the first cache, at most
 constexpr int64_t EIGHT_BYTES = 100 << 10;  // of W that a worker takes at a time, about: few pages
@@ -1252,6 +1259,7 @@ static bool eight_rows(const Weight& weight, const Value* x, const Shape& shape,
 // Of bfloat16, 8 rows take 0.4 of it if a tenth is kept, 0.6 if a fifth is; of int8, up to 1.6.
 static bool eight_rows_pay(const Shape& shape, int64_t batch) {
     if (SCALED || N || batch < 3 || batch > EIGHT) return false;  // no scales are multiplied here
+    if (!shape.in) return false;
     return batch * shape.in * shape.out >= 36 * shape.value_count;
 }
 #endif

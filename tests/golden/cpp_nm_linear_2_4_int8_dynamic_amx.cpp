@@ -299,15 +299,20 @@ static inline Lanes next_block(Values& values, const uint8_t* keys, int64_t ahea
     return lanes;
 }
 
+// Room for the values of the last columns, which the Lanes that are made of them may point to.
+struct LastValues {
+    uint8_t bytes[WIDTH * sizeof(Stored) + ROOM] = {};
+};
+
 // The last columns, fewer than WIDTH; the values that follow belong to another row.
-static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape) {
+static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape,
+                        LastValues& copy) {
     Key key = 0;
     std::memcpy(&key, keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
     const int64_t count = KEPT ? shape.rest() / M * N : __builtin_popcountll(key);
     const int64_t before = halves_before(values);
-    uint8_t copy[WIDTH * sizeof(Stored) + ROOM] = {};
-    std::memcpy(copy, address(values), bytes_of(before + count));
-    return expand(key, values_in(copy) + before);
+    std::memcpy(copy.bytes, address(values), bytes_of(before + count));
+    return expand(key, values_in(copy.bytes) + before);
 }
 
 // All loops over r and b below are unrolled, or sums would live in memory.
@@ -368,9 +373,11 @@ static inline void dot(const Row (&rows)[HEIGHT], const X* x, const Shape& shape
             add_block(sums, weights, x);
         }
         if (shape.rest() && group == shape.groups() - 1) {
+            LastValues copies[HEIGHT];
 #pragma GCC unroll 4
             for (int r = 0; r < HEIGHT; ++r)
-                weights[r] = last_block(values[r], rows[r].keys + block * KEY_BYTES, shape);
+                weights[r] =
+                    last_block(values[r], rows[r].keys + block * KEY_BYTES, shape, copies[r]);
             add_block(sums, weights, x);
         }
         add_group(parts, sums, rows, group);
@@ -679,8 +686,8 @@ static inline void turned(const Value* x, int64_t stride, int64_t rows, int64_t 
     }
     transpose(square);
 }
-// How to multiply by any number of rows of x: few as above, more by tiles. y^T = W x^T, in blocks of
-// 16 rows of W by WIDTH columns that are expanded once for all rows of x at hand.
+// How to multiply by any number of rows of x: few as above, more by tiles. y^T = W x^T, in blocks
+// of 16 rows of W by WIDTH columns that are expanded once for all rows of x at hand.
 // x as tiles take it: words, each two columns of bfloat16 or four of int8, turned so that those of
 // 16 rows of x lie beside each other, or of as many rows as there are.
 struct TiledX {
@@ -815,8 +822,11 @@ struct Strip {
             for (int b = 0; b < PANEL; ++b) expand_block(from, key + b * KEY_BYTES, to + b * TILE);
         else
             for (int b = 0; b < whole; ++b) expand_block(from, key + b * KEY_BYTES, to + b * TILE);
-        if (whole < PANEL && shape.rest())
-            _mm512_store_si512(to + whole * TILE, last_block(from, key + whole * KEY_BYTES, shape));
+        if (whole < PANEL && shape.rest()) {
+            LastValues copy;
+            _mm512_store_si512(to + whole * TILE,
+                               last_block(from, key + whole * KEY_BYTES, shape, copy));
+        }
         values[r] = from;
     }
 
@@ -941,8 +951,8 @@ static bool by_tiles(const Weight& weight, const Value* x, const Shape& shape, c
 }
 
 // The fastest way to multiply by `batch` rows of x.
-static decltype(&few_rows) way(const Shape&, int64_t batch) {
-    return MAY_USE_TILES && batch >= FEWEST_BY_TILES ? by_tiles : few_rows;
+static decltype(&few_rows) way(const Shape& shape, int64_t batch) {
+    return MAY_USE_TILES && shape.in && batch >= FEWEST_BY_TILES ? by_tiles : few_rows;
 }
 
 // What the caller must know of the specialisation.

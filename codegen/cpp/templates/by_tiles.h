@@ -1,5 +1,5 @@
-// How to multiply by any number of rows of x: few as above, more by tiles. y^T = W x^T, in blocks of
-// 16 rows of W by WIDTH columns that are expanded once for all rows of x at hand.
+// How to multiply by any number of rows of x: few as above, more by tiles. y^T = W x^T, in blocks
+// of 16 rows of W by WIDTH columns that are expanded once for all rows of x at hand.
 #include "tile_stage.h"
 #include "tile_strip.h"
 
@@ -53,6 +53,6 @@ static bool by_tiles(const Weight& weight, const Value* x, const Shape& shape, c
 }
 
 // The fastest way to multiply by `batch` rows of x.
-static decltype(&few_rows) way(const Shape&, int64_t batch) {
-    return MAY_USE_TILES && batch >= FEWEST_BY_TILES ? by_tiles : few_rows;
+static decltype(&few_rows) way(const Shape& shape, int64_t batch) {
+    return MAY_USE_TILES && shape.in && batch >= FEWEST_BY_TILES ? by_tiles : few_rows;
 }

@@ -1,7 +1,7 @@
-// 3 to 8 rows of x, few weights kept: y^T = W x^T as in many_rows.h, with 8 lanes. A stored weight is
-// one broadcast and one multiply-add of 32 bytes of x^T, a tile of which stays in the first cache.
-// What the next row of W keeps is listed while this one is multiplied. Columns that hold no value
-// are not read: NaN or infinity there does not reach y.
+// 3 to 8 rows of x, few weights kept: y^T = W x^T as in many_rows.h, with 8 lanes. A stored weight
+// is one broadcast and one multiply-add of 32 bytes of x^T, a tile of which stays in the first
+// cache. What the next row of W keeps is listed while this one is multiplied. Columns that hold no
+// value are not read: NaN or infinity there does not reach y.
 constexpr int64_t EIGHT = 8;
 constexpr int64_t EIGHT_TILE = 1024;        // columns of x^T in the first cache, at most
 constexpr int64_t EIGHT_BYTES = 100 << 10;  // of W that a worker takes at a time, about: few pages
@@ -202,5 +202,6 @@ static bool eight_rows(const Weight& weight, const Value* x, const Shape& shape,
 // Of bfloat16, 8 rows take 0.4 of it if a tenth is kept, 0.6 if a fifth is; of int8, up to 1.6.
 static bool eight_rows_pay(const Shape& shape, int64_t batch) {
     if (SCALED || N || batch < 3 || batch > EIGHT) return false;  // no scales are multiplied here
+    if (!shape.in) return false;
     return batch * shape.in * shape.out >= 36 * shape.value_count;
 }

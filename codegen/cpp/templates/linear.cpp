@@ -68,15 +68,20 @@ static inline Lanes next_block(Values& values, const uint8_t* keys, int64_t ahea
     return lanes;
 }
 
+// Room for the values of the last columns, which the Lanes that are made of them may point to.
+struct LastValues {
+    uint8_t bytes[WIDTH * sizeof(Stored) + ROOM] = {};
+};
+
 // The last columns, fewer than WIDTH; the values that follow belong to another row.
-static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape) {
+static Lanes last_block(const Values& values, const uint8_t* keys, const Shape& shape,
+                        LastValues& copy) {
     Key key = 0;
     std::memcpy(&key, keys, shape.row_bytes - shape.blocks() * KEY_BYTES);
     const int64_t count = KEPT ? shape.rest() / M * N : __builtin_popcountll(key);
     const int64_t before = halves_before(values);
-    uint8_t copy[WIDTH * sizeof(Stored) + ROOM] = {};
-    std::memcpy(copy, address(values), bytes_of(before + count));
-    return expand(key, values_in(copy) + before);
+    std::memcpy(copy.bytes, address(values), bytes_of(before + count));
+    return expand(key, values_in(copy.bytes) + before);
 }
 
 // All loops over r and b below are unrolled, or sums would live in memory.
@@ -137,9 +142,11 @@ static inline void dot(const Row (&rows)[HEIGHT], const X* x, const Shape& shape
             add_block(sums, weights, x);
         }
         if (shape.rest() && group == shape.groups() - 1) {
+            LastValues copies[HEIGHT];
 #pragma GCC unroll 4
             for (int r = 0; r < HEIGHT; ++r)
-                weights[r] = last_block(values[r], rows[r].keys + block * KEY_BYTES, shape);
+                weights[r] =
+                    last_block(values[r], rows[r].keys + block * KEY_BYTES, shape, copies[r]);
             add_block(sums, weights, x);
         }
         add_group(parts, sums, rows, group);

@@ -61,8 +61,11 @@ struct Strip {
             for (int b = 0; b < PANEL; ++b) expand_block(from, key + b * KEY_BYTES, to + b * TILE);
         else
             for (int b = 0; b < whole; ++b) expand_block(from, key + b * KEY_BYTES, to + b * TILE);
-        if (whole < PANEL && shape.rest())
-            _mm512_store_si512(to + whole * TILE, last_block(from, key + whole * KEY_BYTES, shape));
+        if (whole < PANEL && shape.rest()) {
+            LastValues copy;
+            _mm512_store_si512(to + whole * TILE,
+                               last_block(from, key + whole * KEY_BYTES, shape, copy));
+        }
         values[r] = from;
     }
 

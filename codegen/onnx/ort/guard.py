@@ -59,6 +59,11 @@ def demote(model: ir.Model, names: Collection[str]) -> None:
     RemoveUnusedFunctionsPass()(model)
 
 
+def taken(model: ir.Model) -> frozenset[str]:
+    """The weights of the packed nodes that a library takes."""
+    return frozenset(_weight(node) for node in _packed(model))
+
+
 def _packed(model: ir.Model) -> list[ir.Node]:
     nodes = model.graph.all_nodes()
     return [node for node in nodes if node.domain == DOMAIN and node.op_type in LAYOUTS]

@@ -29,7 +29,8 @@ class LibraryFacts:
     bytes: its size; kernels: how many it holds, over all instruction sets; max_abs_error: largest
     |onnxruntime with the library - PyTorch| over all probes; stock_ms, library_ms: median time of a
     call at the example's shapes without and with it. None where nothing was checked. slower: the
-    packed weights that it would not make faster, and so leaves to the stock runtime.
+    packed weights that it would not make faster, and so leaves to the stock runtime; partly: those
+    that it takes in some of their nodes alone.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class LibraryFacts:
     stock_ms: float | None = None
     library_ms: float | None = None
     slower: frozenset[str] = frozenset()
+    partly: frozenset[str] = frozenset()
 
 
 def refuse(library: Path, path: Path, form: str) -> None:
