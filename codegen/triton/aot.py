@@ -28,6 +28,7 @@ from sparsefx.codegen.triton.form import Call
 from sparsefx.codegen.triton.loader import jitted
 from sparsefx.errors import KernelBuildFailed, UnknownOption
 
+_OLDEST = 70  # compute capability that Triton compiles for
 INSTRUCTIONS = {
     "mma": r"mma\.sync",
     "mma_sp": r"mma\.sp",
@@ -143,11 +144,12 @@ def compile_attention(
 
 def gpu_target(arch: str) -> GPUTarget:
     """What Triton calls a GPU named sm_90 or gfx942. Raises UnknownOption."""
-    if found := re.fullmatch(r"sm_(\d{2,3})", arch):
+    found = re.fullmatch(r"sm_(\d{2,3})", arch)
+    if found and int(found[1]) >= _OLDEST:
         return GPUTarget("cuda", int(found[1]), 32)
     if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
         return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    raise UnknownOption(option="arch", value=arch, known="sm_NN, gfxNNN")
+    raise UnknownOption(option="arch", value=arch, known=f"sm_{_OLDEST} and later, gfxNNN")
 
 
 def _check(handle: str, arch: str) -> None:
