@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -88,9 +89,7 @@ def export(
     ExportFailed (no compiler for the library, too).
     """
     start = time.perf_counter()
-    _refuse(gm, path, form, opset)
-    if library is not None:
-        refuse(library, path, form)
+    _refuse(gm, path, form, opset, library)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
     example = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     with tqdm(total=4, desc=f"export {path.name}", disable=not progress) as bar:
@@ -102,29 +101,35 @@ def export(
             written = lower(model, form, _added(gm))
         bar.update()
         with _staging(path) as staged, _beside(model, library, path) as built:
-            _save(model, staged, path, one_file)
+            save = partial(_save, model, staged, path, one_file)
+            save()
             bar.update()
             compared = _UNCHECKED
             if check:
-                fresh = probes(program, args, kwargs)
-                if written.has_thresholds:  # which fresh inputs may never reach
-                    fresh.insert(0, replace(fresh[0], leaves=tuple(pytree.tree_leaves(example))))
+                fresh = _fresh(program, args, kwargs, example if written.has_thresholds else None)
                 checks = _Checks(staged, path, fresh, reference, written.has_thresholds)
+                if built is not None and guard:
+                    built = checks.guarded(built, model, save)
                 compared, built = checks.run(built)
-                if built is not None and guard and (slower := checks.slower(model, built)):
-                    demote(model, slower)
-                    _save(model, staged, path, one_file)
-                    weights = frozenset(slower.values())
-                    some = weights & taken(model)
-                    built = replace(built, slower=weights - some, partly=some)
-                    compared, built = checks.run(built)
             size = sum(file.stat().st_size for file in staged.parent.iterdir())
         bar.update()
-    seconds = time.perf_counter() - start
     if built is not None and library is not None:
         built = replace(built, path=library)
-    nodes = len(model.graph)
-    return ExportFacts(path, form, opset, size, nodes, *written, *compared, built, seconds)
+    sizes, seconds = (size, len(model.graph)), time.perf_counter() - start
+    return ExportFacts(path, form, opset, *sizes, *written, *compared, built, seconds)
+
+
+def _fresh(
+    program: torch.export.ExportedProgram,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    example: object | None,
+) -> list[Probe]:
+    """The inputs to compare on; before them `example`, whose thresholds they may never reach."""
+    fresh = probes(program, args, kwargs)
+    if example is not None:
+        fresh.insert(0, replace(fresh[0], leaves=tuple(pytree.tree_leaves(example))))
+    return fresh
 
 
 def _beside(
@@ -141,7 +146,7 @@ def _added(gm: fx.GraphModule) -> frozenset[str]:
     return frozenset(str(node.target) for node in attributes if "sparsefx" in node.meta)
 
 
-def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int) -> None:
+def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int, library: Path | None) -> None:
     if path.is_dir():
         rule = "there is a folder of that name"
         raise ExportFailed(path=path, rule=rule, remedy="Give the name of a file, such as m.onnx")
@@ -168,6 +173,8 @@ def _refuse(gm: fx.GraphModule, path: Path, form: str, opset: int) -> None:
                 "and onnxruntime has no bfloat16 matrix product on CPU",
                 remedy="Convert the model with .float() or .half()",
             )
+    if library is not None:
+        refuse(library, path, form)
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,19 @@ class _Checks:
         facts = replace(built, max_abs_error=worst, stock_ms=stock_ms, library_ms=library_ms)
         return compared, facts
 
-    def slower(self, model: ir.Model, built: LibraryFacts) -> dict[str, str]:
-        """The nodes that the library would not make faster, and their weights."""
+    def guarded(
+        self, built: LibraryFacts, model: ir.Model, save: Callable[[], None]
+    ) -> LibraryFacts:
+        """The library with the nodes that it makes faster alone; the file is saved again so."""
         with blame(self.path, "timing the library", "Pass guard='off', or report this model"):
-            return losers(model, self.staged, built.path, self.fresh[0])
+            slower = losers(model, self.staged, built.path, self.fresh[0])
+        if not slower:
+            return built
+        demote(model, slower)
+        save()
+        weights = frozenset(slower.values())
+        some = weights & taken(model)
+        return replace(built, slower=weights - some, partly=some)
 
     def _session(self, library: Path | None = None) -> onnxruntime.InferenceSession:
         what = "the file" if library is None else "the file with the library"

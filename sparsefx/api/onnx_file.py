@@ -67,24 +67,11 @@ def export_onnx(
     these arguments, or without a compiler for the library), OSError, and what `compile` raises on
     bad weights and recipes.
     """
-    if not isinstance(model, nn.Module):
-        raise UnknownOption(option="model", value=model, known="an nn.Module")
-    if guard not in EXPORT_GUARDS:
-        raise UnknownOption(option="guard", value=guard, known=", ".join(EXPORT_GUARDS))
-    check_weights(model)
-    batches = check_calibration(calibration)
-    pipelines.check_skipped()
-    wanted = Wanted()
-    if recipe is not None:
-        model, wanted = decide(model, recipe, batches, default_tile("cpu"))
+    _refuse(model, guard)
+    model, wanted = _decided(model, recipe, calibration)
     kwargs = dict(kwargs or {})
-    started = time.perf_counter()
     with inferring(model):
-        with blame(Path(path), "torch.export", "Call the model with these arguments first"):
-            gm = graph.capture(model, args, kwargs, dynamic_shapes)
-        ctx = PassContext()
-        run(gm, pipelines.packing(wanted.beside(model), onnx=True), ctx)
-        seconds = time.perf_counter() - started
+        gm, ctx, seconds = _packed(model, args, kwargs, dynamic_shapes, wanted, Path(path))
         facts = write_onnx(
             gm,
             args,
@@ -101,6 +88,41 @@ def export_onnx(
         )
         effect = effect_of_thresholds(gm, args, kwargs) if check else None
     return _export_report(model, ctx, facts, seconds, effect)
+
+
+def _refuse(model: nn.Module, guard: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnknownOption(option="model", value=model, known="an nn.Module")
+    if guard not in EXPORT_GUARDS:
+        raise UnknownOption(option="guard", value=guard, known=", ".join(EXPORT_GUARDS))
+
+
+def _decided(
+    model: nn.Module, recipe: Recipe | None, calibration: Iterable[object] | None
+) -> tuple[nn.Module, Wanted]:
+    """The model as the recipe makes it, and the attentions that it wants sparse."""
+    check_weights(model)
+    batches = check_calibration(calibration)
+    pipelines.check_skipped()
+    if recipe is None:
+        return model, Wanted()
+    return decide(model, recipe, batches, default_tile("cpu"))
+
+
+def _packed(
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    dynamic_shapes: graph.DynamicShapes,
+    wanted: Wanted,
+    path: Path,
+) -> tuple[fx.GraphModule, PassContext, float]:
+    """The graph with its weights packed, what the passes noted, and the seconds that took."""
+    started, ctx = time.perf_counter(), PassContext()
+    with blame(path, "torch.export", "Call the model with these arguments first"):
+        gm = graph.capture(model, args, kwargs, dynamic_shapes)
+    run(gm, pipelines.packing(wanted.beside(model), onnx=True), ctx)
+    return gm, ctx, time.perf_counter() - started
 
 
 def _effect_fact(effect: float | None) -> dict[str, str]:
