@@ -15,6 +15,7 @@ from sparsefx import debug
 from sparsefx.graph import Bound, bind, unbind, weight_name
 from sparsefx.pipeline import Pass, PassContext, run
 from sparsefx.session import GraphRecord, Session, remember_weights
+from sparsefx.target import Announce
 from sparsefx.variants import Compiled, Variant, Variants
 from sparsefx.weights import Version, version
 
@@ -32,14 +33,15 @@ UNMATCHED = "no packing rule matches the way this layer is written"
 Emit = Callable[[fx.GraphModule, Sequence[object]], Compiled]
 
 
-def inductor(settings: Mapping[str, object]) -> Emit:
-    """Inductor under the given settings (`torch._inductor.config` names)."""
+def inductor(settings: Mapping[str, object], announce: Announce) -> Emit:
+    """Inductor under the given settings (`torch._inductor.config` names), told by `announce`."""
     patches = dict(settings)
 
     def emit(gm: fx.GraphModule, inputs: Sequence[object]) -> Compiled:
         # Imported here: it takes seconds, which `import sparsefx` and the shell must not pay.
         from torch._inductor.compile_fx import compile_fx
 
+        announce()
         function = compile_fx(
             gm,
             inputs,  # type: ignore[arg-type]  # tensors and sizes, as Dynamo gave them

@@ -88,6 +88,14 @@ Inspect = Callable[[Sequence[tuple[LinearSpec, Lowering]]], list[str]]
 """Compiles kernels side by side before they are timed -> for each why it is not worth it, or ""."""
 
 
+Announce = Callable[[], None]
+"""Tells Inductor, before it compiles, how to call a target's operators."""
+
+
+def by_dispatcher() -> None:
+    """The `Announce` of operators that are called as any other."""
+
+
 def no_objections(asked: Sequence[tuple[LinearSpec, Lowering]]) -> list[str]:
     """The `Inspect` of kernels that lowering has compiled already."""
     return [""] * len(asked)
@@ -194,7 +202,8 @@ class Target:
 
     `kernels` compute packed linears, `attention` sparse attentions, `convolutions` those with
     sparse weights. `roofline`: which entry of devices.py plans for it; "" takes the device at hand.
-    `inspect` has the last word on which kernels of packed linears are timed.
+    `inspect` has the last word on which kernels of packed linears are timed; `announce` is called
+    before Inductor compiles a graph.
     """
 
     name: str
@@ -204,6 +213,7 @@ class Target:
     attention: tuple[AttentionKernel, ...] = ()
     convolutions: tuple[ConvKernel, ...] = ()
     inspect: Inspect = no_objections
+    announce: Announce = by_dispatcher
 
     def present(self) -> bool:
         """Whether this process can run on it."""

@@ -1,4 +1,4 @@
-"""Calls of sparsefx_cpp::linear by its C++ half and by its Python half, and which of them ran."""
+"""Calls of sparsefx_cpp::linear by each way in, and whether Python had a part in them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsefx import by_rows
-from sparsefx.codegen.cpp import call
+from sparsefx.codegen.cpp import call, direct
+from sparsefx.ops import linear_output
 from sparsefx.target import Lowering
 
 
@@ -38,18 +39,33 @@ class Given:
     def by_python(self) -> Tensor:
         return call.linear(*self._all())
 
+    def by_direct(self) -> Tensor:
+        """As Inductor's generated code calls it."""
+        out = linear_output(self.x, self.features)
+        bias = [] if self.bias is None else [self.bias]
+        tensors = (self.x, *self.packed, *bias, *self.extras)
+        run = direct.function("linear")
+        run(*tensors, self.handle, len(self.packed), False, bool(bias), out=out)
+        return out
+
     def _all(self) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor], str, int]:
         return self.x, self.packed, self.bias, self.extras, self.handle, self.features
 
 
-HALVES: tuple[Callable[[Given], Tensor], ...] = (Given.by_operator, Given.by_python)
+HALVES: tuple[Callable[[Given], Tensor], ...] = (
+    Given.by_operator,
+    Given.by_direct,
+    Given.by_python,
+)
 
 
-_PYTHON = (call.linear.__code__, by_rows.linear.__code__)
+_PYTHON = tuple(
+    half.__code__ for half in (call.linear, by_rows.linear, direct.linear, direct.by_rows)
+)
 
 
 def needs_python(run: Callable[[], object]) -> bool:
-    """Whether a Python half, also that of the table by rows, was entered while `run` ran."""
+    """Whether a Python half, also one of the table by rows, was entered while `run` ran."""
     entered = False
 
     def see(frame: FrameType, event: str, _: object) -> None:

@@ -19,7 +19,7 @@ from sparsefx.passes.lower import Lower
 from sparsefx.pipeline import PassContext, run
 from sparsefx.report import Row
 from sparsefx.session import Session
-from sparsefx.target import LinearSpec, Lowering
+from sparsefx.target import LinearSpec, Lowering, by_dispatcher
 from tests.compilers import accept_attention, accept_conv
 from tests.pass_models import FUSED, TWO_FOUR, WIDTH, bias, calls, one, sparse, transposed, x_of
 from tests.plain_target import PlainNM, plain
@@ -148,7 +148,7 @@ def test_one_compilation_serves_all_rows() -> None:
     torch._dynamo.reset()
     model = one(lambda s, x: F.relu(s.l(x)) + 1)
     judges = pipelines.Judges(few_rows(8), accept_attention, accept_conv, proof=True)
-    plan = Plan(pipelines.inference(plain(), judges), (), inductor({}))
+    plan = Plan(pipelines.inference(plain(), judges), (), inductor({}, by_dispatcher))
     session = Session("one", "plain", "test")
     fast = torch.compile(model, backend=Compiler(plan, session), dynamic=True, fullgraph=True)
     for rows in (7, 2, 8, 9, 100, 5000):

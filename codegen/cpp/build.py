@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +168,10 @@ def _openmp() -> tuple[str, ...]:
 
 def _torch_flags() -> tuple[str, ...]:
     package = Path(torch.__file__).parent
-    headers = (package / "include", package / "include/torch/csrc/api/include")
+    python = Path(sysconfig.get_path("include"))  # empty where Python came without its headers
+    headers = (package / "include", package / "include/torch/csrc/api/include", python)
     found = (word for folder in headers for word in ("-isystem", str(folder)))
-    return (*_TORCH_FLAGS, *found, f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu")
+    return (*_TORCH_FLAGS, *found, f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python")
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """The C++ half of sparsefx_cpp::linear: compiled once for a machine and its torch, then loaded.
 
 It takes the calls that need nothing of Python (templates/operator.cpp). All others, and all where
-it could not be built, go to the Python half (call.py).
+it could not be built, go to the Python half (call.py; direct.py for calls past the dispatcher).
 """
 
 import ctypes
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsefx.codegen.cpp import build
@@ -41,6 +42,25 @@ class Operator:
             self._kernels[handle] = kernel
             if self._loaded is not None:
                 self._tell(handle, kernel)
+        self._load_from_cache()
+
+    def builtin(self, name: str, in_python: Callable[..., None]) -> Callable[..., None]:
+        """The function `sparsefx_direct_<name>` makes, which calls `in_python` where it must.
+
+        `in_python` itself where there is no C++ half, or it was built without Python's headers.
+        """
+        self._load_from_cache()
+        if self._loaded is None:
+            return in_python
+        try:
+            make = ctypes.PyDLL(self._loaded._name)[f"sparsefx_direct_{name}"]
+        except AttributeError:
+            return in_python
+        make.argtypes, make.restype = [ctypes.py_object], ctypes.py_object
+        made: Callable[..., None] = make(in_python)
+        return made
+
+    def _load_from_cache(self) -> None:
         if self._loaded is None and not self._refused:
             path = build.library(build.for_torch(_NAME, _source()))
             if path is not None:

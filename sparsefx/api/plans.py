@@ -76,7 +76,9 @@ def make_plan(
         passes = (ApplyRecipe(recipe), *passes)
     patches = {**mode_options(request.mode), **request.settings}
     train = pipelines.training(trained, wanted)
-    return Plan(passes, train, inductor(patches), has_recipe=recipe is not None)
+    return Plan(
+        passes, train, inductor(patches, request.target.announce), has_recipe=recipe is not None
+    )
 
 
 def mode_options(mode: str | None) -> dict[str, object]:

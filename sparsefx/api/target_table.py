@@ -20,6 +20,13 @@ from sparsefx.target import Target
 GUARDS = ("measure", "model", "off")
 
 
+def announce_cpp() -> None:
+    """Of packed linears on the CPU."""
+    from sparsefx.codegen.cpp import inductor  # imports Inductor: slow, and not all need it
+
+    inductor.register()
+
+
 @functools.cache
 def targets() -> Mapping[str, Target]:
     """The targets by name. "a100" and its like plan for a GPU that need not be present."""
@@ -31,7 +38,12 @@ def targets() -> Mapping[str, Target]:
     }
     return {
         "cpu": Target(
-            "cpu", "cpu", CPP_KERNELS, attention=CPP_ATTENTION, convolutions=CPP_CONVOLUTIONS
+            "cpu",
+            "cpu",
+            CPP_KERNELS,
+            attention=CPP_ATTENTION,
+            convolutions=CPP_CONVOLUTIONS,
+            announce=announce_cpp,
         ),
         "cuda": Target("cuda", "cuda", linear, attention=attention, inspect=precompile.inspect),
         **planned,

@@ -17,27 +17,12 @@ static bool lies(const TensorImpl& tensor, ScalarType type, c10::IntArrayRef siz
     return tensor.sizes() == sizes && lies(tensor, type);
 }
 
-static Few<const TensorImpl*> tensors(const IValue& list) {
-    Few<const TensorImpl*> found;
-    for (const IValue& each : list.toListRef()) found.push_back(each.unsafeToTensorImpl());
-    return found;
-}
-
-static const TensorImpl* optional(const IValue& tensor) {
-    return tensor.isNone() ? nullptr : tensor.unsafeToTensorImpl();
-}
-
 struct Call {
     const TensorImpl& x;
     Few<const TensorImpl*> packed;
     const TensorImpl* bias;  // or nullptr
     Few<const TensorImpl*> extras;
     int64_t features;
-
-    Call(const IValue& x, const IValue& packed, const IValue& bias, const IValue& extras,
-         const IValue& features)
-        : x(*x.unsafeToTensorImpl()), packed(tensors(packed)), bias(optional(bias)),
-          extras(tensors(extras)), features(features.toInt()) {}
 
     int64_t in() const { return x.sizes().back(); }
 
